@@ -1,0 +1,331 @@
+"""Embed captions with a frozen text encoder: stage 2 of 4 (caption -> embed -> train -> evaluate).
+
+In:  --captions FILE.jsonl  one JSON object with a "caption" per line
+Out: --out FILE.npy         float16 (or float32) array [lines, width]; row i is line i's embedding, of length 1
+     FILE.json              which captions (SHA-256) and which encoder the rows belong to: train.py refuses any others
+
+Launch:
+    python embed.py --captions captions.jsonl                                         # all-MiniLM-L6-v2, 384-d
+    python embed.py --captions captions.jsonl --model openai/clip-vit-base-patch32    # the paper's kind of encoder
+    torchrun --nproc_per_node=8 embed.py --captions captions.jsonl --model microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned
+
+Kill it at any moment and run the same line again: it goes on with the batches that are missing. Memory does not grow with
+the captions: token ids wait in a file, rows go through a memory map, an index of some 40 bytes per caption stays in memory.
+"""
+import argparse
+import hashlib
+import json
+import os
+import time
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import cached_file
+
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # small, fast, the most used sentence encoder there is
+POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last",  # older files name
+            "pooling_mode_max_tokens": "max", "pooling_mode_weightedmean_tokens": "weightedmean", "lasttoken": "last",  # them one way,
+            "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens"}                                               # newer another
+
+
+def parse_args() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--captions", default="captions.jsonl", help="default: captions.jsonl")
+    p.add_argument("--out", default="embeddings.npy", help="default: embeddings.npy")
+    p.add_argument("--model", default=DEFAULT_MODEL, help=f"hub id or folder of a text encoder; default: {DEFAULT_MODEL}")
+    p.add_argument("--pooling", default="auto", choices=["auto", "mean", "cls", "last"], help="auto: what the model's sentence-transformers files say, the projected features of CLIP, else the mean; default: auto")
+    p.add_argument("--prefix", help='put before each caption ("query: "); default: the default prompt of the model\'s sentence-transformers files')
+    p.add_argument("--max-length", type=int, help="tokens kept of a caption; default: the model's own limit")
+    p.add_argument("--batch-size", type=int, default=1024, help="most captions in a batch; default: 1024")
+    p.add_argument("--batch-tokens", type=int, help="most tokens in a batch, padding included; default: 1024 on a CPU, 32768 on a GPU")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights; auto: as saved, float32 ones under float16 autocast on a GPU; default: auto")
+    p.add_argument("--out-dtype", default="float16", choices=["float16", "float32"], help="of the rows on disk; default: float16")
+    p.add_argument("--revision", default="main", help="branch, tag or commit of a hub model; default: main")
+    p.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model: only if you have read it")
+    args = p.parse_args()
+    args.batch_tokens = args.batch_tokens or (32768 if args.device.startswith("cuda") else 1024)
+    if min(args.batch_size, args.batch_tokens) < 1 or (args.max_length is not None and args.max_length < 3):
+        p.error("--batch-size and --batch-tokens start at 1, --max-length at 3")
+    if not args.out.endswith(".npy"):
+        p.error("--out must end in .npy")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------- the encoder
+
+def read_json(args: argparse.Namespace, name: str) -> dict | list | None:
+    """A JSON file of the model (a folder or a hub id), None if it has no such file."""
+    try:
+        file = cached_file(args.model, name, revision=args.revision, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise SystemExit(f"--model {args.model}: cannot load it: {str(error).strip().splitlines()[0]}")
+    return json.load(open(file, encoding="utf-8")) if file else None
+
+
+class TextEncoder(nn.Module):
+    """A frozen text encoder of any kind: token ids [B, T] and mask [B, T] (or None: no padding) in, unit vectors [B, D] out.
+
+    sentence-transformers models are read from their own files (modules.json and what it names) and give the same vectors as
+    `SentenceTransformer.encode(normalize_embeddings=True)`; CLIP-style models give their projected text features; T5-style
+    ones their encoder's states, all others their last hidden states, pooled by `--pooling` (the mean by default).
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        super().__init__()
+        source = dict(revision=args.revision, trust_remote_code=args.trust_remote_code)
+        self.poolings, self.include_prompt, self.prompt_tokens, self.dense = ("mean",), True, 0, nn.ModuleList()
+        modules, lower, limit, where = read_json(args, "modules.json"), False, None, {}
+        prompts = read_json(args, "config_sentence_transformers.json") or {}
+        self.prefix = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name")) or ""
+        for module in modules or []:
+            kind, path = module["type"].split(".")[-1], module["path"]
+            config = read_json(args, f"{path}/config.json") if path else None
+            if kind == "Transformer":
+                where = {"subfolder": path} if path else {}
+                settings = read_json(args, f"{path}/sentence_bert_config.json" if path else "sentence_bert_config.json") or {}
+                lower, limit = settings.get("do_lower_case", False), settings.get("max_seq_length")
+            elif kind == "Pooling":
+                modes = config.get("pooling_mode") or [key for key, on in config.items() if key in POOLINGS and on is True]
+                modes = [modes] if isinstance(modes, str) else modes
+                self.poolings, self.include_prompt = tuple(POOLINGS.get(mode, mode) for mode in modes), config.get("include_prompt", True)
+            elif kind == "Dense" and config.get("module_input_name", "sentence_embedding") == "sentence_embedding" and not config.get("use_residual"):
+                self.dense.append(self.load_dense(args, path, config))
+            elif kind != "Normalize":
+                raise SystemExit(f"--model {args.model}: its sentence-transformers module {module['type']} is not supported here: use a model of Transformer, Pooling, Dense and Normalize modules")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(args.model, **where, **source)
+            config = AutoConfig.from_pretrained(args.model, **where, **source)
+            self.model = AutoModel.from_pretrained(args.model, dtype=args.dtype, **where, **source)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--model {args.model}: cannot load it: {str(error).strip().splitlines()[0]}")
+        self.clip = hasattr(self.model, "get_text_features") and modules is None
+        if config.is_encoder_decoder:
+            self.model = self.model.get_encoder()
+        if args.pooling != "auto":
+            self.poolings, self.clip = (args.pooling,), False
+        self.prefix = self.prefix if args.prefix is None else args.prefix
+        self.lower = lower
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self.prefix and not self.include_prompt:  # the same count as sentence-transformers: without a closing special token
+            ids = self.tokenizer(self.prefix)["input_ids"]
+            self.prompt_tokens = len(ids) - (ids[-1] in self.tokenizer.all_special_ids)
+        limits = [limit or self.tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", None)]
+        self.max_length = args.max_length or min(value for value in limits if value and value > 0)
+
+    @staticmethod
+    def load_dense(args: argparse.Namespace, path: str, config: dict) -> nn.Module:
+        linear = nn.Linear(config["in_features"], config["out_features"], bias=config["bias"])
+        file = cached_file(args.model, f"{path}/model.safetensors", revision=args.revision)
+        linear.load_state_dict({name.removeprefix("linear."): value for name, value in load_file(file).items()})
+        activation = getattr(nn, config["activation_function"].split(".")[-1], None)
+        if activation is None or not config["activation_function"].startswith("torch.nn."):
+            raise SystemExit(f"--model {args.model}: unknown activation {config['activation_function']} in {path}")
+        return nn.Sequential(linear, activation())
+
+    def tokenize(self, captions: list[str]) -> tuple[list[list[int]], list[int]]:
+        """Token ids, cut at `max_length`, and the number of tokens of the uncut caption."""
+        texts = [self.prefix + (c.lower() if self.lower else c).strip() for c in captions]
+        ids = self.tokenizer(texts, verbose=False)["input_ids"]
+        lengths = [len(i) for i in ids]
+        long = [k for k, length in enumerate(lengths) if length > self.max_length]
+        if long:  # cut by the tokenizer, which knows where the closing special tokens go
+            for k, cut in zip(long, self.tokenizer([texts[k] for k in long], truncation=True, max_length=self.max_length)["input_ids"]):
+                ids[k] = cut
+        return ids, lengths
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        if self.clip:
+            features = self.model.get_text_features(input_ids=ids, attention_mask=mask)
+            return F.normalize(getattr(features, "pooler_output", features).float(), dim=-1)
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # [B, T, D]
+        mask = torch.ones_like(ids) if mask is None else mask
+        keep = (mask * (torch.arange(ids.shape[1], device=ids.device) >= self.prompt_tokens)).float()[..., None]  # [B, T, 1]
+        pooled = []
+        for pooling in self.poolings:
+            if pooling in ("mean", "mean_sqrt_len_tokens"):
+                count = keep.sum(1).clamp(min=1e-9)
+                pooled.append((states * keep).sum(1) / (count if pooling == "mean" else count.sqrt()))
+            elif pooling == "weightedmean":
+                weights = keep * torch.arange(1, ids.shape[1] + 1, device=ids.device)[None, :, None]
+                pooled.append((states * weights).sum(1) / weights.sum(1).clamp(min=1e-9))
+            elif pooling == "max":
+                pooled.append(states.masked_fill(keep == 0, float("-inf")).amax(1))
+            elif pooling == "cls":
+                pooled.append(states[:, min(self.prompt_tokens, ids.shape[1] - 1)])
+            elif pooling == "last":
+                pooled.append(states[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1])
+            else:
+                raise SystemExit(f"pooling '{pooling}' is not known here")
+        vectors = torch.cat(pooled, dim=-1)
+        for dense in self.dense:
+            vectors = dense(vectors)
+        return F.normalize(vectors, dim=-1)
+
+
+# -------------------------------------------------------------------------------------------------------------- the work
+
+def read_captions(file: str):
+    """Yield the captions of a jsonl file in order; a line without one is an error that names it."""
+    try:
+        with open(file, "rb") as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    caption = json.loads(line)["caption"]
+                    if not isinstance(caption, str):
+                        raise ValueError("the caption is not a string")
+                except (ValueError, KeyError, TypeError) as error:
+                    raise SystemExit(f"{file}, line {number}: no JSON object with a \"caption\" ({error!r}): is caption.py still running, or was it killed? Run it again")
+                yield caption.encode("utf-8", "replace").decode()  # lone surrogates would stop the tokenizer
+    except OSError as error:
+        raise SystemExit(f"--captions {file}: {error.strerror}")
+
+
+def sha256(file: str) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_tokens(encoder: TextEncoder, captions: str, file: str, quiet: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokenise all captions into `file` (int32, one after the other): lengths [N], uncut lengths [N], 128-bit hashes [N]."""
+    lengths, uncut, hashes, chunk = [], [], [], []
+
+    def flush() -> None:
+        ids, full = encoder.tokenize(chunk)
+        rows = [np.array(row, np.int32) for row in ids]
+        lengths.append(np.array([len(row) for row in rows], np.int32))
+        uncut.append(np.array(full, np.int32))
+        hashes.append(np.frombuffer(b"".join(hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows), "V16"))
+        stream.write(np.concatenate(rows).tobytes())
+        chunk.clear()
+
+    with open(file, "wb") as stream:
+        for caption in tqdm(read_captions(captions), unit="caption", desc="tokenise", disable=quiet):
+            chunk.append(caption)
+            if len(chunk) == 4096:
+                flush()
+        if chunk:
+            flush()
+    if not lengths:
+        raise SystemExit(f"{captions} is empty: run caption.py first")
+    return np.concatenate(lengths), np.concatenate(uncut), np.concatenate(hashes)
+
+
+def plan_batches(lengths: np.ndarray, batch_size: int, batch_tokens: int) -> list[tuple[int, int]]:
+    """Slices of captions sorted by length, longest first (out of memory shows at once), each within both limits."""
+    slices, start = [], 0
+    while start < len(lengths):
+        end = start + max(1, min(batch_size, batch_tokens // max(1, int(lengths[start]))))
+        slices.append((start, min(end, len(lengths))))
+        start = end
+    return slices
+
+
+def main() -> None:
+    args = parse_args()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # only for waiting: a rank may be hours ahead of another
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = torch.device(args.device)
+    next(read_captions(args.captions), None)  # a missing file or a wrong first line, before the model is loaded
+    identity = {"captions": os.path.basename(args.captions), "captions_sha256": sha256(args.captions)}
+    encoder = TextEncoder(args).to(device).eval()
+    identity |= {"model": args.model, "revision": args.revision, "pooling": "projection" if encoder.clip else "+".join(encoder.poolings),
+                 "prefix": encoder.prefix, "max_length": encoder.max_length, "dtype": args.dtype, "out_dtype": args.out_dtype}
+    metadata, temporary = args.out.removesuffix(".npy") + ".json", args.out + ".tmp"
+    if os.path.exists(args.out) and os.path.exists(metadata):
+        known = json.load(open(metadata, encoding="utf-8"))
+        if {key: known.get(key) for key in identity} == identity:
+            return print(f"{args.out}: nothing to do, it holds these captions' embeddings already") if rank == 0 else None
+
+    tokens = f"{temporary}.tokens-{rank}"
+    lengths, uncut, hashes = write_tokens(encoder, args.captions, tokens, quiet=rank > 0)
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)[:-1]])
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)  # equal captions are encoded once
+    order = np.lexsort((first, -lengths[first]))  # unique captions, longest first, then in the file's order
+    lines = np.argsort(inverse, kind="stable")  # lines grouped by unique caption ...
+    ends = np.cumsum(np.bincount(inverse))  # ... those of caption u end here
+    del hashes
+    batches = plan_batches(lengths[first[order]], args.batch_size, args.batch_tokens)
+    width = encoder(torch.tensor([encoder.tokenize(["a"])[0][0]], device=device), None).shape[1]
+
+    plan = identity | {"batch_size": args.batch_size, "batch_tokens": args.batch_tokens}
+    if rank == 0:
+        resumed = os.path.exists(temporary + ".plan") and json.load(open(temporary + ".plan", encoding="utf-8")) == plan
+        if not resumed:
+            np.lib.format.open_memmap(temporary, "w+", args.out_dtype, (len(lengths), width)).flush()
+            np.zeros(len(batches), np.uint8).tofile(temporary + ".done")
+            with open(temporary + ".plan", "w", encoding="utf-8") as stream:
+                json.dump(plan, stream)
+    if world > 1:
+        dist.barrier()
+    rows = np.lib.format.open_memmap(temporary, "r+")
+    done = np.memmap(temporary + ".done", np.uint8, "r+")
+    todo = [b for b in range(len(batches)) if b % world == rank and not done[b]]
+    if world > 1:
+        dist.barrier()  # everybody has seen the same list before anybody ticks off a batch
+
+    autocast = torch.autocast(device.type, torch.float16, enabled=args.dtype == "auto" and device.type == "cuda" and next(encoder.parameters()).dtype == torch.float32)
+    bar = tqdm(total=int(sum(batches[b][1] - batches[b][0] for b in todo)), unit="caption", desc="embed", smoothing=0.02, disable=rank > 0)
+    start, padding = time.perf_counter(), encoder.tokenizer.pad_token_id or 0
+
+    def store(batch: int, vectors: torch.Tensor) -> None:
+        unique = order[slice(*batches[batch])]
+        for u, vector in zip(unique, vectors.cpu().numpy()):
+            rows[lines[ends[u - 1] if u else 0:ends[u]]] = vector
+        done[batch] = 1  # after its rows: a kill in between repeats the batch
+        bar.update(len(unique))
+
+    pending = None  # the batch before: its vectors are fetched while the GPU works on the next one
+    with open(tokens, "rb") as stream, torch.inference_mode(), autocast:
+        for batch in todo:
+            captions = first[order[slice(*batches[batch])]]
+            ids = np.full((len(captions), lengths[captions[0]]), padding, np.int64)
+            for row, c in zip(ids, captions):
+                row[:lengths[c]] = np.frombuffer(os.pread(stream.fileno(), 4 * int(lengths[c]), 4 * int(offsets[c])), np.int32)
+            mask = None if lengths[captions[-1]] == ids.shape[1] else torch.from_numpy((np.arange(ids.shape[1]) < lengths[captions][:, None]).astype(np.int64)).to(device, non_blocking=True)
+            vectors = encoder(torch.from_numpy(ids).to(device, non_blocking=True), mask)
+            if pending:
+                store(*pending)
+            pending = batch, vectors
+        if pending:
+            store(*pending)
+    bar.close()
+    os.remove(tokens)
+    rows.flush()
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        seconds, count = time.perf_counter() - start, sum(batches[b][1] - batches[b][0] for b in todo)
+        with open(temporary + ".json", "w", encoding="utf-8") as stream:
+            json.dump(identity | {"rows": len(lengths), "width": width}, stream, indent=1)
+        if os.path.exists(metadata):
+            os.remove(metadata)  # in this order: at no moment does a metadata file describe another array
+        os.replace(temporary, args.out)
+        os.replace(temporary + ".json", metadata)
+        os.remove(temporary + ".done")
+        os.remove(temporary + ".plan")
+        cut = uncut[uncut > encoder.max_length]
+        print(f"{args.out}: {len(lengths)} x {width} {args.out_dtype}, {len(first)} different captions, {count / max(seconds, 1e-9) * world:.0f} captions/s; {len(cut)} captions were cut at "
+              f"{encoder.max_length} tokens" + (f", by {int(np.median(cut - encoder.max_length))} at the median" if len(cut) else ""))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as error:
+        raise SystemExit(f"{error.filename or 'disk'}: {error.strerror or error}; start the same command again to go on")
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; start the same command again to go on")

@@ -22,6 +22,7 @@ import contextlib
 import csv
 import filecmp
 import glob
+import inspect
 import json
 import math
 import os
@@ -36,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, GenerationMixin
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolVLM-500M-Instruct"  # small, well known, runs on any GPU (and, slowly, on a laptop)
 DEFAULT_PROMPT = "Describe this image in detail."
@@ -140,7 +141,7 @@ class Describer:
             else:
                 self.processor = AutoImageProcessor.from_pretrained(args.model, **source)
                 self.tokenizer = AutoTokenizer.from_pretrained(args.model, **source)
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:  # some kinds need one more package, and say so
             raise SystemExit(f"--model {args.model}: cannot load its processor: {str(error).strip().splitlines()[0]}")
         self.chat = bool(getattr(self.processor, "chat_template", None))
         self.takes_text = hasattr(self.processor, "tokenizer")
@@ -154,21 +155,21 @@ class Describer:
             for prompt in args.prompt:
                 self.encode([blank, blank], [prompt.replace("{class}", "thing"), prompt])
         except Exception as error:
-            raise SystemExit(f"--model {args.model} cannot take --prompt {prompt!r}: {type(error).__name__}: {error}")
+            raise SystemExit(f"--model {args.model} cannot take --prompt {prompt!r}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
 
     def load_weights(self) -> None:
         source = dict(revision=self.args.revision, trust_remote_code=self.args.trust_remote_code)
         try:
             self.model = AutoModelForImageTextToText.from_pretrained(self.args.model, dtype=self.args.dtype, **source)
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:  # some kinds need one more package, and say so
             raise SystemExit(f"--model {self.args.model}: cannot load it: {str(error).strip().splitlines()[0]}")
         self.model = self.model.to(self.args.device).eval()
         if self.model.generation_config.pad_token_id is None:
             self.model.generation_config.pad_token_id = self.tokenizer.pad_token_id
 
     def encode(self, images: list[Image.Image], prompts: list[str]) -> list[tuple[list[int], dict]]:
-        """[(positions, model inputs)]: the whole batch, left-padded; or, without a chat template, one group per prompt length
-        (some of the older models count positions through the padding, so they never see any)."""
+        """[(positions, model inputs)]: the whole batch, left-padded; or, without a chat template, one group per prompt (some of
+        the older models count positions through the padding, so they never see any; InstructBLIP has two tokenizers, so two lengths)."""
         if self.chat:
             chats = [[{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
                      for image, prompt in zip(images, prompts)]
@@ -177,10 +178,10 @@ class Describer:
             return [(list(range(len(images))), dict(inputs))]
         groups = {}
         for position, prompt in enumerate(prompts):
-            groups.setdefault(len(self.tokenizer(prompt)["input_ids"]), []).append(position)
+            groups.setdefault(prompt, []).append(position)
         encoded = []
-        for positions in groups.values():
-            text = {"text": [prompts[i] for i in positions]} if any(prompts[i] for i in positions) else {}
+        for prompt, positions in groups.items():  # where the image has its tokens in the text, there must be a text, if an empty one
+            text = {"text": [prompt] * len(positions)} if prompt or hasattr(self.processor, "image_token") else {}
             encoded.append((positions, dict(self.processor(images=[images[i] for i in positions], return_tensors="pt", **text))))
         return encoded
 
@@ -190,7 +191,17 @@ class Describer:
         args, dtype = self.args, self.model.dtype
         inputs = {name: value.to(args.device, dtype if value.is_floating_point() else None, non_blocking=True)
                   for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
+            inputs.pop("token_type_ids", None)
         prompt = inputs["input_ids"].clone() if "input_ids" in inputs else None  # BLIP writes into its input_ids
+        if prompt is not None:
+            image_token = getattr(self.model.config, "image_token_id", None)
+            if image_token is not None and not (prompt == image_token).any(1).all():
+                raise SystemExit(f"--model {args.model}: its processor puts no image into the prompt, the captions would be made up")
+            ends = [self.tokenizer.eos_token_id, self.tokenizer.sep_token_id]
+            if type(self.model).generate is GenerationMixin.generate and not self.model.config.is_encoder_decoder and all(t in ends for t in prompt[:, -1].tolist()):
+                inputs = {name: value[:, :-1] if value.shape == prompt.shape else value for name, value in inputs.items()}  # GIT: a prompt that is to go on
+                prompt = prompt[:, :-1]
         how = dict(do_sample=False) if args.temperature <= 0 else dict(do_sample=True, temperature=args.temperature, top_p=args.top_p)
         tokens = self.model.generate(**inputs, **how, num_beams=1, max_new_tokens=args.max_new_tokens, num_return_sequences=args.num_captions)
         if prompt is not None:  # decoders return the prompt too, encoder-decoders do not, BLIP returns it without its last token
@@ -399,39 +410,41 @@ def summary(file: str) -> str:
 # ------------------------------------------------------------------------------- captions without a model, and the sheet
 
 def read_published(file: str, keys: list[str]) -> list[tuple[str, str]]:
-    """[(image key, caption)] from somebody's captions. Without a path column they are in ImageFolder's order, one per image."""
+    """[(image key, caption)] from somebody's captions: a .pth list or .txt lines in ImageFolder's order, or a .csv with file names."""
     try:
-        if not file.endswith(".csv"):
-            captions = torch.load(file, weights_only=True) if file.endswith((".pth", ".pt")) else open(file, encoding="utf-8", errors="replace").read().removesuffix("\n").split("\n")
-            if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-                raise SystemExit(f"--import {file}: expected a list of strings")
-            if len(captions) != len(keys):
-                raise SystemExit(f"--import {file}: {len(captions)} captions, but --data has {len(keys)} images: by position they cannot be matched")
-            return list(zip(keys, captions))
-        with open(file, encoding="utf-8", errors="replace", newline="") as stream:
-            reader = csv.DictReader(stream)
-            columns = {(name or "").strip().lower(): name for name in reader.fieldnames or []}
-            path = next((columns[c] for c in ("image", "path", "image_path", "filepath", "file_path", "file", "file_name", "filename") if c in columns), None)
-            text = next((columns[c] for c in ("caption", "captions", "text", "description") if c in columns), None)
-            if path is None or text is None:
-                raise SystemExit(f"--import {file}: needs a column image/path/file_name and a column caption/text/description; it has {', '.join(columns)}")
-            rows = [((row[path] or "").replace("\\", "/"), row[text] or "") for row in reader]
-    except (OSError, pickle.UnpicklingError, csv.Error) as error:
-        raise SystemExit(f"--import {file}: {str(error).splitlines()[0]}")
-    by_name = collections.defaultdict(list)
-    for key in keys:
-        for name in {key, "/".join(key.split("/")[-2:]), key.split("/")[-1]}:
-            by_name[name].append(key)
-    found, unknown = collections.defaultdict(list), 0
-    for name, caption in rows:
-        parts = name.split("/")
-        matches = next((by_name[n] for n in (name, "/".join(parts[-2:]), parts[-1]) if by_name.get(n)), [])
-        if len(matches) == 1:
-            found[matches[0]].append(caption)
+        if file.endswith(".csv"):
+            with open(file, encoding="utf-8", errors="replace", newline="") as stream:
+                rows = [{(name or "").strip().lower(): value or "" for name, value in row.items()} for row in csv.DictReader(stream)]
+        elif file.endswith((".pth", ".pt")):
+            rows = torch.load(file, weights_only=True)
         else:
-            unknown += 1
+            rows = open(file, encoding="utf-8", errors="replace").read().removesuffix("\n").split("\n")
+    except (OSError, pickle.UnpicklingError, RuntimeError, csv.Error) as error:
+        raise SystemExit(f"--import {file}: {str(error).splitlines()[0]}")
+    if not file.endswith(".csv"):
+        if not isinstance(rows, list) or not all(isinstance(row, str) for row in rows):
+            raise SystemExit(f"--import {file}: expected a list of strings")
+        if len(rows) != len(keys):
+            raise SystemExit(f"--import {file}: {len(rows)} captions, but --data has {len(keys)} images: by position they cannot be matched")
+        return list(zip(keys, rows))
+    columns = list(rows[0]) if rows else []
+    path = next((c for c in ("image", "path", "image_path", "filepath", "file_path", "file", "file_name", "filename") if c in columns), None)
+    text = next((c for c in ("caption", "captions", "text", "description") if c in columns), None)
+    if path is None or text is None:
+        raise SystemExit(f"--import {file}: needs a column image, path or file_name and a column caption or text; it has {', '.join(columns) or 'nothing'}")
+    full, short = {key: key for key in keys}, collections.defaultdict(list)
+    for key in keys:
+        short[key.split("/")[-1]].append(key)
+    found, unknown = collections.defaultdict(list), 0
+    for row in rows:
+        name = row[path].replace("\\", "/")
+        by_name = short.get(name.split("/")[-1], [])  # a bare file name counts if only one image has it
+        key = full.get(name) or full.get("/".join(name.split("/")[-2:])) or (by_name[0] if len(by_name) == 1 else None)
+        unknown += key is None
+        if key is not None:
+            found[key].append(row[text])
     if not found:
-        raise SystemExit(f"--import {file}: none of its {len(rows)} rows names an image of --data (first row: {rows[0][0] if rows else 'none'})")
+        raise SystemExit(f"--import {file}: none of its {len(rows)} rows names an image of --data, the first is {rows[0][path]!r}")
     print(f"{unknown} of {len(rows)} rows name no image of --data (or more than one); {len(keys) - len(found)} of {len(keys)} images got no caption")
     return [(key, caption) for key in keys for caption in found.get(key, [])]
 
@@ -448,28 +461,19 @@ def write_whole(out: str, lines: list[dict]) -> None:
     print(f"{out}: {summary(out)}")
 
 
-def contact_sheet(file: str, data: str, captions: list[tuple[str, str]], columns: int = 4, width: int = 256) -> None:
+def contact_sheet(file: str, data: str, captions: list[tuple[str, str]], columns: int = 4, side: int = 256) -> None:
     """A PNG of images with their captions below, wrapped and never cut."""
     font = ImageFont.load_default(size=13)
-    cells = []
-    for key, caption in captions:
-        image = load_image(os.path.join(data, key))
-        image = ImageOps.contain(image, (width, width)) if max(image.size) > width else image.resize([round(s * width / max(image.size)) for s in image.size])
-        text = "\n".join(textwrap.wrap(f"{key.split('/')[0]}: {caption}".encode("utf-8", "replace").decode(), 38))
-        box = ImageDraw.Draw(image).multiline_textbbox((0, 0), text, font=font)
-        cell = Image.new("RGB", (width + 16, image.height + 20 + int(box[3])), "white")
-        cell.paste(image, (8, 8))
-        ImageDraw.Draw(cell).multiline_text((8, image.height + 12), text, fill="black", font=font)
-        cells.append(cell)
-    rows = [cells[i:i + columns] for i in range(0, len(cells), columns)]
-    sheet = Image.new("RGB", (max(len(r) for r in rows) * (width + 16), sum(max(c.height for c in r) for r in rows)), "white")
-    top = 0
-    for row in rows:
-        for column, cell in enumerate(row):
-            sheet.paste(cell, (column * (width + 16), top))
-        top += max(cell.height for cell in row)
+    texts = [textwrap.fill(f"{key.split('/')[0]}: {caption}".encode("utf-8", "replace").decode(), 38) for key, caption in captions]
+    height = side + 24 + 18 * max(text.count("\n") + 1 for text in texts)
+    sheet = Image.new("RGB", (columns * (side + 16), height * math.ceil(len(texts) / columns)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, ((key, _), text) in enumerate(zip(captions, texts)):
+        x, y = 8 + number % columns * (side + 16), 8 + number // columns * height
+        sheet.paste(ImageOps.pad(load_image(os.path.join(data, key)), (side, side), color="white"), (x, y))
+        pen.multiline_text((x, y + side + 4), text, fill="black", font=font)
     sheet.save(file)
-    print(f"{file}: {len(cells)} images with their captions")
+    print(f"{file}: {len(texts)} captions")
 
 
 # ------------------------------------------------------------------------------------------------------------------ main

@@ -8,6 +8,7 @@ Launch:
     python embed.py --captions captions.jsonl                                         # all-MiniLM-L6-v2, 384-d
     python embed.py --captions captions.jsonl --model openai/clip-vit-base-patch32    # the paper's kind of encoder
     torchrun --nproc_per_node=8 embed.py --captions captions.jsonl --model microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned
+    python embed.py --captions captions.jsonl --model meta-llama/Llama-3.2-1B --tune-epochs 1 --lora-rank 16 --tuned-out tuned    # LLM2CLIP
 
 Kill it at any moment and run the same line again: it goes on with the batches that are missing. Memory does not grow with
 the captions: token ids wait in a file, rows go through a memory map, an index of some 40 bytes per caption stays in memory.
@@ -16,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 import time
 from datetime import timedelta
 
@@ -25,6 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import parametrize
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import cached_file
@@ -48,6 +51,12 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights; auto: as saved, float32 ones under float16 autocast on a GPU; default: auto")
     p.add_argument("--out-dtype", default="float16", choices=["float16", "float32"], help="of the rows on disk; default: float16")
+    p.add_argument("--tune-epochs", type=int, default=0, metavar="N", help="caption-contrastive tuning (LLM2CLIP) before embedding; needs images with two captions; default: 0")
+    p.add_argument("--tuned-out", default="tuned", metavar="DIR", help="where the tuned encoder is saved: a model folder like any other; default: tuned")
+    p.add_argument("--tune-batch", type=int, default=64, help="images, of two captions each, per step; default: 64")
+    p.add_argument("--tune-lr", type=float, help="peak learning rate; default: 2e-4 with --lora-rank (LLM2CLIP's), else 5e-5")
+    p.add_argument("--lora-rank", type=int, default=0, metavar="R", help="train low-rank updates of the linear layers only, so that an 8B model fits one GPU; LLM2CLIP: 16; default: 0, all weights")
+    p.add_argument("--seed", type=int, default=0, help="of the tuning")
     p.add_argument("--revision", default="main", help="branch, tag or commit of a hub model; default: main")
     p.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model: only if you have read it")
     args = p.parse_args()
@@ -171,6 +180,116 @@ class TextEncoder(nn.Module):
         return F.normalize(vectors, dim=-1)
 
 
+# ------------------------------------------------------------- caption-contrastive tuning (LLM2CLIP, arXiv 2411.04997)
+
+class LoRA(nn.Module):
+    """Parametrization of a frozen weight [out, in]: W + 2 B A, B [out, R] starting at zero."""
+
+    def __init__(self, weight: torch.Tensor, rank: int):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(rank, weight.shape[1], device=weight.device) / weight.shape[1] ** 0.5)
+        self.b = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + 2 * (self.b @ self.a).to(weight.dtype)
+
+
+def add_lora(model: nn.Module, rank: int) -> list[nn.Module]:
+    """Freeze the model and put a LoRA on each linear layer; the layers, for `parametrize.remove_parametrizations` to merge."""
+    model.requires_grad_(False)
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    for layer in layers:
+        parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank))
+    return layers
+
+
+def caption_contrastive_loss(vectors: torch.Tensor, texts: list[str], temperature: float = 0.05) -> torch.Tensor:
+    """Symmetric InfoNCE of vectors [2B, D], rows i and B + i from two captions of one image; negatives are all others that read differently."""
+    n = len(texts) // 2
+    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    texts = torch.tensor([number[text] for text in texts], device=vectors.device)
+    partner = (torch.arange(2 * n, device=vectors.device) + n) % (2 * n)
+    excluded = texts[:, None] == texts  # itself, and equal sentences under other images
+    excluded[torch.arange(2 * n), partner] = False
+    return F.cross_entropy((vectors @ vectors.T / temperature).masked_fill(excluded, -1e4), partner)
+
+
+def encode_texts(encoder: TextEncoder, texts: list[str], device: torch.device) -> torch.Tensor:
+    """[len(texts), D], in one padded batch."""
+    ids, _ = encoder.tokenize(texts)
+    lengths = torch.tensor([len(row) for row in ids], device=device)
+    padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True, padding_value=encoder.tokenizer.pad_token_id or 0).to(device)
+    return encoder(padded, (torch.arange(padded.shape[1], device=device) < lengths[:, None]).long())
+
+
+@torch.inference_mode()
+def caption_recall(encoder: TextEncoder, pairs: list[list[str]], device: torch.device) -> float:
+    """Recall@1 in percent: the first caption of each image retrieves its second among all second ones, and the other way round."""
+    a, b = (torch.cat([encode_texts(encoder, [pair[k] for pair in pairs[i:i + 32]], device) for i in range(0, len(pairs), 32)]) for k in (0, 1))
+    own = torch.arange(len(pairs), device=device)
+    return 50 * float(((a @ b.T).argmax(1) == own).float().mean() + ((b @ a.T).argmax(1) == own).float().mean())
+
+
+def tune(encoder: TextEncoder, args: argparse.Namespace, device: torch.device) -> None:
+    """Supervised SimCSE on captions: two different captions of an image attract each other. Saves the encoder to `--tuned-out`."""
+    if encoder.clip or encoder.dense or encoder.prompt_tokens or len(encoder.poolings) > 1:
+        raise SystemExit("--tune-epochs takes encoders with one plain pooling, no projection and no Dense module")
+    captions_of = {}
+    with open(args.captions, "rb") as stream:
+        for line in map(json.loads, stream):
+            captions_of.setdefault(line["image"], {})[line["caption"]] = None  # a dict keeps the order and drops repetitions
+    images = [list(captions) for captions in captions_of.values() if len(captions) > 1]
+    rng = random.Random(args.seed)
+    rng.shuffle(images)
+    held_out, images = images[:min(1000, len(images) // 10)], images[min(1000, len(images) // 10):]
+    if len(images) < args.tune_batch or not held_out:
+        raise SystemExit(f"--tune-epochs needs images with two different captions: {len(images) + len(held_out)} of {len(captions_of)} images have them, at least {args.tune_batch + 10} "
+                         "are needed. Give caption.py two --prompt options, or --num-captions 2 --temperature 0.7")
+    before, steps = caption_recall(encoder, held_out, device), args.tune_epochs * (len(images) // args.tune_batch)
+    if device.type == "cuda" and encoder.model.supports_gradient_checkpointing:
+        encoder.model.gradient_checkpointing_enable()
+        encoder.model.enable_input_require_grads()
+    torch.manual_seed(args.seed)
+    lora = add_lora(encoder.model, args.lora_rank) if args.lora_rank else []
+    peak = args.tune_lr or (2e-4 if lora else 5e-5)
+    optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], peak)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.1)
+    encoder.train()
+    bar, autocast = tqdm(total=steps, unit="step", desc="tune"), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    for _ in range(args.tune_epochs):
+        rng.shuffle(images)
+        for i in range(0, len(images) - args.tune_batch + 1, args.tune_batch):
+            texts = [text for pair in zip(*(rng.sample(captions, 2) for captions in images[i:i + args.tune_batch])) for text in pair]
+            with autocast:
+                vectors = encode_texts(encoder, texts, device)
+            loss = caption_contrastive_loss(vectors, texts)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.update()
+            if bar.n % 20 == 0:
+                bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+    bar.close()
+    for layer in lora:
+        parametrize.remove_parametrizations(layer, "weight")  # merges
+    encoder.eval()
+    after = caption_recall(encoder, held_out, device)
+    encoder.model.save_pretrained(args.tuned_out)
+    encoder.tokenizer.save_pretrained(args.tuned_out)
+    mode = {name: key for key, name in POOLINGS.items() if key.startswith("pooling_mode_")}[encoder.poolings[0]]
+    for name, content in (("modules.json", [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+                                            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]),
+                          ("sentence_bert_config.json", {"max_seq_length": encoder.max_length, "do_lower_case": encoder.lower}),
+                          ("config_sentence_transformers.json", {"prompts": {"caption": encoder.prefix}, "default_prompt_name": "caption"}),
+                          ("1_Pooling/config.json", {"word_embedding_dimension": encoder.model.config.hidden_size, mode: True})):
+        file = os.path.join(args.tuned_out, name)
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        with open(file, "w", encoding="utf-8") as stream:
+            json.dump(content, stream)
+    print(f"{args.tuned_out}: tuned on {len(images)} images; caption-to-caption recall@1 on {len(held_out)} held-out images {before:.1f} % before, {after:.1f} % after")
+
+
 # -------------------------------------------------------------------------------------------------------------- the work
 
 def read_captions(file: str):
@@ -240,6 +359,12 @@ def main() -> None:
     next(read_captions(args.captions), None)  # a missing file or a wrong first line, before the model is loaded
     identity = {"captions": os.path.basename(args.captions), "captions_sha256": sha256(args.captions)}
     encoder = TextEncoder(args).to(device).eval()
+    if args.tune_epochs:
+        if world > 1:
+            raise SystemExit("--tune-epochs runs in one process: tune first, then embed with torchrun and --model DIR")
+        tune(encoder, args, device)
+        args.model, args.revision, args.prefix = args.tuned_out, "main", None
+        encoder = TextEncoder(args).to(device).eval()
     identity |= {"model": args.model, "revision": args.revision, "pooling": "projection" if encoder.clip else "+".join(encoder.poolings),
                  "prefix": encoder.prefix, "max_length": encoder.max_length, "dtype": args.dtype, "out_dtype": args.out_dtype}
     metadata, temporary = args.out.removesuffix(".npy") + ".json", args.out + ".tmp"

@@ -35,7 +35,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
-from tokenizers import Tokenizer, models, pre_tokenizers
+import transformers as tf
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (BertConfig, BertModel, CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
                           LlavaProcessor, PreTrainedTokenizerFast)
 
@@ -50,6 +51,10 @@ SIZES = {"small": (10, 12), "large": (17, 20)}
 PLACES = {"top": 22, "bottom": 42}
 PROMPT = "describe the image"
 CLASSES = [f"{color}_{shape}" for color in COLORS for shape in SHAPES]
+
+
+def caption_of(color: str, shape: str, size: str, place: str, background: str) -> str:
+    return f"a {size} {color} {shape} at the {place} on a {background} background"
 
 
 def draw(rng: random.Random, name: str) -> tuple[Image.Image, str]:
@@ -75,7 +80,7 @@ def draw(rng: random.Random, name: str) -> tuple[Image.Image, str]:
         pen.polygon([(x + r * k * math.cos(a), y + r * k * math.sin(a)) for k, a in zip(radii, angles)], fill=ink)
     noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 8, (64, 64, 3))
     image = Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
-    return image, f"a {size} {color} {shape} at the {place} on a {background} background"
+    return image, caption_of(color, shape, size, place, background)
 
 
 def draw_world(root: Path, per_class: int, val_per_class: int, wrong: float, seed: int = 0, classes: list[str] = CLASSES) -> dict[str, str]:
@@ -167,18 +172,28 @@ def save_mllm(folder: Path, steps: int = 0, **kwargs) -> None:
     model.eval().save_pretrained(folder)
 
 
-def save_text_encoder(folder: Path, width: int = 64, seed: int = 0) -> None:
-    """A tiny BERT with random, never trained weights: its mean over the words is a random projection of the bag of words."""
+def save_text_encoder(folder: Path, width: int = 64, steps: int = 0, seed: int = 0) -> None:
+    """A tiny BERT. Random, its vectors all but coincide (most words are the same in all captions); `steps` of SimCSE (two dropout passes
+    over a caption are a positive pair, the other captions negatives) spread them. It sees random captions, no image and no label."""
     torch.manual_seed(seed)
-    tokenizer = word_tokenizer("photo", "of")
-    BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=4,
-                         max_position_embeddings=64, initializer_range=0.5), add_pooling_layer=False).save_pretrained(folder)
+    tokenizer, rng = word_tokenizer("photo", "of"), random.Random(seed)
+    model = BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=4,
+                                 max_position_embeddings=64, hidden_dropout_prob=0.1), add_pooling_layer=False)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(steps):
+        captions = [caption_of(*rng.choice(CLASSES).split("_"), *map(rng.choice, (list(SIZES), list(PLACES), list(BACKGROUNDS)))) for _ in range(64)]
+        ids = tokenizer(sorted(set(captions)), return_tensors="pt")["input_ids"]
+        a, b = (F.normalize(model(ids).last_hidden_state.mean(1), dim=1) for _ in range(2))
+        F.cross_entropy(a @ b.T / 0.05, torch.arange(len(ids))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------- the demo
 
-def run_demo(root: Path, per_class: int = 24, wrong: float = 0.4, epochs: int = 30, steps: int = 1500) -> None:
+def run_demo(root: Path, per_class: int = 24, wrong: float = 0.4, epochs: int = 40, steps: int = 1500) -> None:
     began = time.time()
 
     def run(line: str) -> None:
@@ -195,7 +210,7 @@ def run_demo(root: Path, per_class: int = 24, wrong: float = 0.4, epochs: int = 
     if not (root / "mllm" / "model.safetensors").exists():
         save_mllm(root / "mllm", steps)
     if not (root / "encoder" / "model.safetensors").exists():
-        save_text_encoder(root / "encoder")
+        save_text_encoder(root / "encoder", steps=300)
     run(f"caption.py --data {shown(root / 'data/train')} --out {shown(root / 'captions.jsonl')} --model {shown(root / 'mllm')} --prompt '{PROMPT}' --max-new-tokens 16 --batch-size 64 -j 1")
     run(f"caption.py --data {shown(root / 'data/train')} --out {shown(root / 'captions.jsonl')} --preview {shown(root / 'captions.png')}")
     lines = [json.loads(line) for line in (root / "captions.jsonl").open()]
@@ -206,13 +221,96 @@ def run_demo(root: Path, per_class: int = 24, wrong: float = 0.4, epochs: int = 
     for name in ("captions", "shuffled"):
         out = "embeddings" if name == "captions" else name
         run(f"embed.py --captions {shown(root / name)}.jsonl --out {shown(root / out)}.npy --model {shown(root / 'encoder')}")
-    common = f"--data {shown(root / 'data')} --arch resnet18 --input-size 32 --epochs {epochs} -b 50 --lr 0.05 --val-every 5 -j 1 --resume"
+    common = f"--data {shown(root / 'data')} --arch shufflenet_v2_x0_5 --input-size 64 --epochs {epochs} -b 50 --lr 0.1 --val-every 5 -j 1 --resume"
     aligned = "--align-weight 1 --temperature 0.1"
     run(f"train.py {common} --out {shown(root / 'runs/baseline')}")
     run(f"train.py {common} --out {shown(root / 'runs/aligned')} --captions {shown(root / 'captions.jsonl')} --embeddings {shown(root / 'embeddings.npy')} {aligned}")
     run(f"train.py {common} --out {shown(root / 'runs/shuffled')} --captions {shown(root / 'shuffled.jsonl')} --embeddings {shown(root / 'shuffled.npy')} {aligned}")
     run(f"evaluate.py --data {shown(root / 'data/val')} " + " ".join(shown(root / "runs" / name / "last.pt") for name in ("baseline", "aligned", "shuffled")))
     print(f"\nWritten under {root}: data/, mllm/, encoder/, captions.jsonl, captions.png, embeddings.npy, runs/*/log.jsonl. {time.time() - began:.0f} s in all.")
+
+
+# ------------------------------------------------------------------- tiny random models of the kinds that caption.py takes
+
+VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
+IDS = dict(pad_token_id=0, bos_token_id=2, eos_token_id=3)
+SQUARE = dict(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+
+
+def tokens(frame: str = "$A", **special: str) -> PreTrainedTokenizerFast:
+    """word_tokenizer() that puts [BOS] and [EOS] around a text as `frame` says; `special`: image_token="<image>" and the like."""
+    torch.manual_seed(0)  # every builder begins here
+    backend = word_tokenizer("thing", "cat", *special.values()).backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single=frame, special_tokens=[("[BOS]", 2), ("[EOS]", 3)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]", extra_special_tokens=special)
+
+
+def text(tokenizer, **more) -> dict:
+    return dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512, **IDS) | more
+
+
+def save_kind(folder: Path, model, *parts) -> None:
+    """Random weights that are large enough for captions to depend on the image."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.generation_config.update(**IDS)
+    for part in (model, *parts):
+        part.save_pretrained(folder)
+
+
+def build_blip(folder):
+    tokenizer = tokens("[BOS] $A [EOS]")
+    config = tf.BlipConfig(text_config=text(tokenizer, sep_token_id=3), vision_config=VISION)
+    save_kind(folder, tf.BlipForConditionalGeneration(config), tf.BlipProcessor(tf.BlipImageProcessor(**SQUARE), tokenizer))
+
+
+def build_git(folder):
+    tokenizer = tokens("[BOS] $A [EOS]")
+    processor = tf.GitProcessor(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer)
+    save_kind(folder, tf.GitForCausalLM(tf.GitConfig(**text(tokenizer), vision_config=VISION)), processor)
+
+
+def build_blip2(folder):
+    tokenizer = tokens("[BOS] $A")
+    opt = tf.OPTConfig(vocab_size=len(tokenizer), hidden_size=32, ffn_dim=64, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, **IDS)
+    config = tf.Blip2Config(vision_config=VISION, qformer_config=dict(text(tokenizer), encoder_hidden_size=32), text_config=opt, num_query_tokens=4,
+                            image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
+    save_kind(folder, tf.Blip2ForConditionalGeneration(config), tf.Blip2Processor(tf.BlipImageProcessor(**SQUARE), tokenizer, num_query_tokens=4))
+
+
+def build_instructblip(folder):
+    tokenizer, reader = tokens("[BOS] $A"), tokens("[BOS] $A [EOS]")
+    reader.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # the Q-Former counts characters: its lengths differ from the LLM's
+    config = tf.InstructBlipConfig(vision_config=VISION, qformer_config=dict(text(reader), encoder_hidden_size=32), text_config=LlamaConfig(**text(tokenizer)),
+                                   num_query_tokens=4, image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
+    processor = tf.InstructBlipProcessor(tf.BlipImageProcessor(**SQUARE), tokenizer, reader, num_query_tokens=4)
+    save_kind(folder, tf.InstructBlipForConditionalGeneration(config), processor)
+
+
+def build_vit_gpt2(folder):
+    tokenizer = tokens()
+    gpt2 = tf.GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=64, add_cross_attention=True, is_decoder=True, **IDS)
+    config = tf.VisionEncoderDecoderConfig(encoder=tf.ViTConfig(**VISION).to_dict(), decoder=gpt2.to_dict(), decoder_start_token_id=2, **IDS)
+    save_kind(folder, tf.VisionEncoderDecoderModel(config), tf.ViTImageProcessor(**SQUARE), tokenizer)
+
+
+def build_idefics3(folder):
+    tokenizer = tokens(image_token="<image>")
+    images = tf.Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    config = tf.Idefics3Config(vision_config=VISION, text_config=LlamaConfig(**text(tokenizer)), image_token_id=tokenizer.image_token_id)
+    save_kind(folder, tf.Idefics3ForConditionalGeneration(config), tf.Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=CHAT))
+
+
+def build_qwen2_vl(folder):
+    tokenizer = tokens(image_token="<|image_pad|>", video_token="<|video_pad|>")
+    images = tf.Qwen2VLImageProcessor(patch_size=8, size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64})
+    processor = tf.Qwen2VLProcessor(images, tokenizer, tf.Qwen2VLVideoProcessor(patch_size=8), CHAT.replace("<image>", "<|image_pad|>"))
+    language = text(tokenizer, num_key_value_heads=4, rope_parameters=dict(rope_type="default", mrope_section=[2, 1, 1], rope_theta=1e4))
+    vision = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2, patch_size=8)
+    config = tf.Qwen2VLConfig(text_config=language, vision_config=vision, image_token_id=tokenizer.image_token_id, video_token_id=tokenizer.video_token_id)
+    save_kind(folder, tf.Qwen2VLForConditionalGeneration(config), processor)
 
 
 # ------------------------------------------------------------------------------------------------------------ the tests
@@ -396,6 +494,28 @@ class Captioning(Base):
         call("caption", *self.options("b7.jsonl", "--batch-size", 7))
         self.assertEqual([line["caption"] for line in read_lines(TMP / "b7.jsonl")], [json.loads(line)["caption"] for line in self.whole.splitlines()])
 
+    def test_kinds_of_models(self):
+        """Batch 1 and batch 4 give the same captions for images of different sizes; they depend on the image; the prompt is not in them."""
+        rng = np.random.default_rng(0)
+        for i in range(7):
+            folder = TMP / "sizes" / ("cat" if i < 4 else "large_red_circle")
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, tuple(rng.integers(24, 90, 2)) + (3,), np.uint8)).save(folder / f"{i}.png")
+        for kind in "blip", "git", "blip2", "instructblip", "vit_gpt2", "idefics3", "qwen2_vl":
+            with self.subTest(kind):
+                globals()[f"build_{kind}"](TMP / kind)
+                found = []
+                for size in 1, 4:
+                    out = TMP / f"{kind}-{size}.jsonl"
+                    prompt = "" if kind in ("git", "vit_gpt2") else "describe the {class}"
+                    call("caption", "--data", TMP / "sizes", "--out", out, "--model", TMP / kind, "--prompt", prompt, "--max-new-tokens", 8, "--batch-size", size,
+                         "-j", 0, "--device", "cpu")
+                    found.append([line["caption"] for line in read_lines(out)])
+                self.assertEqual(found[0], found[1])
+                self.assertEqual(len(found[0]), 7)
+                self.assertGreater(len(set(found[0])), 2)
+                self.assertFalse([caption for caption in found[0] if "describe the" in caption])
+
     def test_out_of_memory_is_halved(self):
         from caption import Describer
         generate, sizes = Describer.generate, []
@@ -502,7 +622,77 @@ class Captioning(Base):
         self.assertGreater(Image.open(TMP / "sheet.png").height, 3 * 256)
 
 
+def write_two_captions(file: Path, images: int) -> None:
+    """Images with a long and a short caption each, of the toy world."""
+    rng, lines = random.Random(0), []
+    for i in range(images):
+        color, shape = rng.choice(CLASSES).split("_")
+        size, place, background = rng.choice(list(SIZES)), rng.choice(list(PLACES)), rng.choice(list(BACKGROUNDS))
+        lines += [{"image": f"{i}", "caption": caption_of(color, shape, size, place, background)}, {"image": f"{i}", "caption": f"{size} {color} {shape} {place} {background}"}]
+    write_lines(file, lines)
+
+
 class Embedding(Base):
+    def test_kinds_of_encoders(self):
+        """CLIP's projected text features, a decoder's last token, T5's encoder: against transformers, one caption at a time."""
+        torch.manual_seed(0)
+        tokenizer = tokens("[BOS] $A [EOS]")
+        clip = tf.CLIPModel(tf.CLIPConfig(text_config=text(tokenizer, max_position_embeddings=10), vision_config=VISION, projection_dim=16))
+        llama = tf.LlamaModel(LlamaConfig(**text(tokenizer)))
+        t5 = tf.T5Model(tf.T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, pad_token_id=0, decoder_start_token_id=0))
+        captions = ["a red circle", "a", "a large red circle at the top on a black background", "blue star"]
+        write_lines(TMP / "kinds.jsonl", [{"image": "x", "caption": caption} for caption in captions])
+        for name, model, options, reference in (
+                ("clip", clip, [], lambda ids: model.get_text_features(input_ids=ids).pooler_output[0]),
+                ("llama", llama, ["--pooling", "last", "--prefix", "describe "], lambda ids: model(ids).last_hidden_state[0, -1]),
+                ("t5", t5, [], lambda ids: model.get_encoder()(ids).last_hidden_state[0].mean(0))):
+            with self.subTest(name), torch.inference_mode():
+                for part in model.eval(), tokenizer:
+                    part.save_pretrained(TMP / f"encoder-{name}")
+                call("embed", "--captions", TMP / "kinds.jsonl", "--out", TMP / f"kinds-{name}.npy", "--model", TMP / f"encoder-{name}", "--out-dtype", "float32", *options)
+                for caption, row in zip(captions, np.load(TMP / f"kinds-{name}.npy"), strict=True):
+                    ids = tokenizer("describe " * (name == "llama") + caption, truncation=name == "clip", max_length=10)["input_ids"]
+                    np.testing.assert_allclose(row, F.normalize(reference(torch.tensor([ids])), dim=0).numpy(), atol=2e-5)
+
+    def test_caption_contrastive_tuning(self):
+        write_two_captions(TMP / "pairs.jsonl", 300)
+        for rank in 0, 4:
+            with self.subTest(rank=rank):
+                save_text_encoder(TMP / "untuned", seed=1)
+                tuned = TMP / f"tuned-{rank}"
+                printed = call("embed", "--captions", TMP / "pairs.jsonl", "--out", TMP / f"tuned-{rank}.npy", "--model", TMP / "untuned", "--tune-epochs", 6, "--tune-batch", 32,
+                               "--tune-lr", 0.003, "--lora-rank", rank, "--tuned-out", tuned, "--pooling", "mean")
+                before, after = map(float, re.search(r"([\d.]+) % before, ([\d.]+) % after", printed).groups())
+                self.assertGreater(after, before + 10)
+                call("embed", "--captions", TMP / "pairs.jsonl", "--out", TMP / f"again-{rank}.npy", "--model", tuned)
+                self.assertEqual((TMP / f"again-{rank}.npy").read_bytes(), (TMP / f"tuned-{rank}.npy").read_bytes())
+        write_lines(TMP / "single.jsonl", [{"image": f"{i}", "caption": "a"} for i in range(100)])
+        self.refused("0 of 100 images have them", "embed", "--captions", TMP / "single.jsonl", "--out", TMP / "x.npy", "--model", ENCODER, "--tune-epochs", 1)
+
+    def test_lora_and_contrastive_loss(self):
+        import embed
+        vectors, texts = F.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=1), ["a", "b", "c", "d", "a", "e"]
+        want, v = 0.0, vectors.double().numpy()
+        for i in range(6):
+            partner = (i + 3) % 6
+            others = [j for j in range(6) if j == partner or (texts[j] != texts[i])]
+            want += math.log(sum(math.exp(v[i] @ v[j] / 0.05) for j in others)) - v[i] @ v[partner] / 0.05
+        self.assertAlmostEqual(embed.caption_contrastive_loss(vectors, texts).item(), want / 6, places=4)
+        layer = torch.nn.Sequential(torch.nn.Linear(5, 3))
+        x, weight = torch.randn(2, 5), layer[0].weight.detach().clone()
+        before = layer(x)
+        lora = embed.add_lora(layer, 2)[0].parametrizations.weight[0]
+        torch.testing.assert_close(layer(x), before)  # B starts at zero
+        layer(x).square().sum().backward()
+        full = torch.autograd.grad((x @ (w := weight.clone().requires_grad_()).T + layer[0].bias).square().sum(), w)[0]
+        torch.testing.assert_close(lora.b.grad, 2 * full @ lora.a.T)  # d/dB of f(W + 2 B A)
+        self.assertEqual([name for name, p in layer.named_parameters() if p.requires_grad], ["0.parametrizations.weight.0.a", "0.parametrizations.weight.0.b"])
+        with torch.no_grad():
+            lora.b.normal_()
+        after = layer(x)
+        torch.nn.utils.parametrize.remove_parametrizations(layer[0], "weight")
+        torch.testing.assert_close(layer(x), after)
+
     def test_rows_against_plain_transformers(self):
         file = TMP / "odd.jsonl"
         texts = ["a red circle", "", "a", "star " * 200, "a large red circle at the top on a black background", "a red circle", "ünknown 漢字"]

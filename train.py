@@ -46,20 +46,36 @@ from tqdm import tqdm
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 UNLABELED = "_unlabeled"
 
-# The paper's settings (official code), one column of its table each. Its alignment weight is 0.3, but its all-gather keeps only the
-# local slice's gradient and DDP averages over W ranks: what acts is 0.3 / W, W = 4 for the ResNet and 8 for the DeiT. A weight means
-# the same at every W here, so these are the effective values. `lr` is given per `lr_batch` images of the global batch.
-RESNET = dict(
-    arch="resnet50", pretrained=False, epochs=120, batch_size=256, optimizer="sgd", lr_scaled=0.1, lr_batch=256, weight_decay=1e-4, decay_norms=True,
-    warmup_epochs=0, warmup_lr=1e-6, min_lr=1e-5, label_smoothing=0.0, mixup=0.0, cutmix=0.0, randaugment=0, color_jitter=0.0, random_erasing=0.0,
-    repeated_aug=1, drop_path=0.0, ema_decay=0.0, clip_grad=0.0, interpolation="bilinear", crop_ratio=0.875, align_weight=0.075, temperature=0.2)
-RECIPES = {
-    "resnet": RESNET,
-    "deit": RESNET | dict(
-        arch="vit_b_16", epochs=300, batch_size=128, optimizer="adamw", lr_scaled=5e-4, lr_batch=512, weight_decay=0.05, decay_norms=False,
-        warmup_epochs=5, label_smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=27, color_jitter=0.3, random_erasing=0.25, repeated_aug=3,
-        drop_path=0.1, ema_decay=0.99996, interpolation="bicubic", crop_ratio=1.0, align_weight=0.0375, temperature=0.05),
-    "finetune": RESNET | dict(pretrained=True, epochs=30, batch_size=64, lr_scaled=0.01, lr_batch=64, warmup_epochs=1, min_lr=0.0),  # ours
+# Defaults by recipe. resnet and deit are the paper's (official code), finetune is ours. The paper's alignment weight is 0.3, but its
+# all-gather keeps only the local slice's gradient and DDP averages over W processes: what acts is 0.3 / W, with W = 4 for the ResNet and
+# 8 for the DeiT. A weight means the same at every W here, so these are the effective values.
+RECIPES = ("resnet", "deit", "finetune")
+LEARNING_RATES = {"resnet": (0.1, 256), "deit": (5e-4, 512), "finetune": (0.01, 64)}  # per so many images of the global batch
+OPTIONS = {
+    "arch": ("resnet50", "vit_b_16", "resnet50", "torchvision classifier, or hub id or folder of a transformers image classifier"),
+    "pretrained": (False, False, True, "start from published weights"),
+    "epochs": (120, 300, 30, ""),
+    "batch_size": (256, 128, 64, "images per process"),
+    "optimizer": ("sgd", "adamw", "sgd", "sgd (momentum 0.9) or adamw"),
+    "weight_decay": (1e-4, 0.05, 1e-4, ""),
+    "decay_norms": (True, False, True, "weight decay on norms, biases and position embeddings too"),
+    "warmup_epochs": (0, 5, 1, "linear warm-up before the cosine"),
+    "warmup_lr": (1e-6, 1e-6, 1e-6, "where the warm-up begins"),
+    "min_lr": (1e-5, 1e-5, 0.0, "where the cosine ends"),
+    "label_smoothing": (0.0, 0.1, 0.0, ""),
+    "mixup": (0.0, 0.8, 0.0, "Beta parameter, 0 = off; with --cutmix each batch draws one of them"),
+    "cutmix": (0.0, 1.0, 0.0, "Beta parameter, 0 = off"),
+    "randaugment": (0, 27, 0, "magnitude 0..30, 0 = off (timm's m9 is 27 of torchvision's 30)"),
+    "color_jitter": (0.0, 0.3, 0.0, ""),
+    "random_erasing": (0.0, 0.25, 0.0, "probability"),
+    "repeated_aug": (1, 3, 1, "differently augmented copies of an image in an epoch of unchanged length"),
+    "drop_path": (0.0, 0.1, 0.0, "stochastic depth; refused where an architecture has none"),
+    "ema_decay": (0.0, 0.99996, 0.0, "averaged weights, 0 = off"),
+    "clip_grad": (0.0, 0.0, 0.0, "largest norm of the gradient, 0 = off"),
+    "interpolation": ("bilinear", "bicubic", "bilinear", "bilinear or bicubic"),
+    "crop_ratio": (0.875, 1.0, 0.875, "evaluation: centre crop's share of the resized side"),
+    "align_weight": (0.075, 0.0375, 0.075, "lambda; the same at every number of processes"),
+    "temperature": (0.2, 0.05, 0.2, "tau of the contrastive losses"),
 }
 
 
@@ -70,39 +86,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--captions", help="captions.jsonl of train/")
     p.add_argument("--embeddings", help="embeddings.npy of these captions")
     p.add_argument("--recipe", default="resnet", choices=RECIPES, help="sets the defaults marked *; default: resnet")
-    p.add_argument("--arch", help="* torchvision model name, or a transformers image-classification hub id or folder")
-    p.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="* start from published weights")
-    p.add_argument("--epochs", type=int, help="*")
-    p.add_argument("-b", "--batch-size", type=int, help="* images per process")
-    p.add_argument("--optimizer", choices=["sgd", "adamw"], help="*")
-    p.add_argument("--lr", type=float, help="* peak learning rate, as it is used; the recipes scale theirs with the global batch")
-    p.add_argument("--weight-decay", type=float, help="*")
-    p.add_argument("--decay-norms", action=argparse.BooleanOptionalAction, help="* weight decay on norms, biases and position embeddings too")
-    p.add_argument("--warmup-epochs", type=int, help="* linear warm-up before the cosine")
-    p.add_argument("--warmup-lr", type=float, help="* where the warm-up begins")
-    p.add_argument("--min-lr", type=float, help="* where the cosine ends")
-    p.add_argument("--label-smoothing", type=float, help="*")
-    p.add_argument("--mixup", type=float, help="* Beta parameter, 0 = off; with --cutmix each batch draws one of them")
-    p.add_argument("--cutmix", type=float, help="* Beta parameter, 0 = off")
-    p.add_argument("--mix-text", action=argparse.BooleanOptionalAction, default=True, help="a mixed image is aligned with both captions, by the mixing coefficient; the official code: with its own only")
-    p.add_argument("--randaugment", type=int, help="* magnitude 0..30, 0 = off (timm's m9 is 27 of torchvision's 30)")
-    p.add_argument("--color-jitter", type=float, help="*")
-    p.add_argument("--random-erasing", type=float, help="* probability")
-    p.add_argument("--repeated-aug", type=int, help="* differently augmented copies of an image in an epoch (of unchanged length)")
-    p.add_argument("--drop-path", type=float, help="* stochastic depth; refused where an architecture has none")
-    p.add_argument("--ema-decay", type=float, help="* of the averaged weights, 0 = off")
-    p.add_argument("--clip-grad", type=float, help="* largest norm of the gradient, 0 = off")
-    p.add_argument("--interpolation", choices=["bilinear", "bicubic"], help="*")
-    p.add_argument("--crop-ratio", type=float, help="* evaluation: centre crop's share of the resized side")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the recipe is needed before its defaults are
+    first.add_argument("--recipe", default="resnet")
+    recipe = first.parse_known_args(argv)[0].recipe
+    column = RECIPES.index(recipe) if recipe in RECIPES else 0
+    for name, option in OPTIONS.items():
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(option[column], bool) else {"type": type(option[column])}
+        choices = {"choices": ("sgd", "adamw")} if name == "optimizer" else {"choices": ("bilinear", "bicubic")} if name == "interpolation" else {}
+        flags = ["-b"] * (name == "batch_size") + ["--" + name.replace("_", "-")]
+        p.add_argument(*flags, default=option[column], help=f"* {option[-1]} ({', '.join(f'{r} {v}' for r, v in zip(RECIPES, option))})", **kind, **choices)
+    p.add_argument("--lr", type=float, help="peak learning rate; default: the recipe's, scaled with the global batch")
     p.add_argument("--input-size", type=int, help="pixels; default: what the architecture was published with")
     p.add_argument("--align-loss", default="clip", choices=["clip", "infonce", "cosine"], help="default: clip, the paper's")
-    p.add_argument("--align-weight", type=float, help="* lambda; the same at every number of processes")
-    p.add_argument("--align-targets", default="one-hot", choices=["one-hot", "class"], help="contrastive losses: class = all captions of the image's class are positives; default: one-hot, the paper's")
-    p.add_argument("--temperature", type=float, help="* tau of the contrastive losses")
-    p.add_argument("--learn-temperature", action="store_true", help="train tau, as CLIP does")
+    p.add_argument("--align-targets", default="one-hot", choices=["one-hot", "class"], help="class: all captions of an image's class are positives; default: one-hot, the paper's")
     p.add_argument("--projection", default="mlp", choices=["mlp", "linear"], help="the head h; default: mlp")
-    p.add_argument("--text-adapter", default="none", choices=["none", "mlp"], help="mlp: LLM2CLIP's trained adapter on the frozen text side; default: none")
-    p.add_argument("--amp", default="auto", choices=["auto", "bfloat16", "float16", "off"], help="auto: bfloat16 or else float16 on a GPU, off on a CPU; default: auto")
+    p.add_argument("--text-adapter", default="none", choices=["none", "mlp"], help="mlp: LLM2CLIP's trained adapter on the frozen text side")
+    p.add_argument("--learn-temperature", action="store_true", help="train tau, as CLIP does")
+    p.add_argument("--mix-text", action=argparse.BooleanOptionalAction, default=True, help="a mixed image is aligned with both captions; off: with its own only, as in the official code")
+    p.add_argument("--amp", default="auto", choices=["auto", "bfloat16", "float16", "off"], help="auto: bfloat16 or else float16 on a GPU, off on a CPU")
     p.add_argument("--sync-bn", action="store_true", help="batch norm over all processes (CUDA only)")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--val-every", type=int, default=1, metavar="N", help="validate after every Nth epoch, and after the last; default: 1")
@@ -110,13 +111,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("-j", "--workers", type=int, default=min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), help="data loading processes")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--resume", nargs="?", const=True, metavar="CHECKPOINT", help="continue from RUN/last.pt (from the start if there is none), or from the checkpoint that is named")
-    recipe = p.parse_known_args(argv)[0].recipe
-    p.set_defaults(**RECIPES[recipe])
     args = p.parse_args(argv)
     if bool(args.captions) != bool(args.embeddings):
         p.error("--captions and --embeddings go together")
-    if min(args.epochs, args.batch_size, args.repeated_aug) < 1 or args.workers < 0 or args.temperature <= 0 or args.align_weight < 0:
-        p.error("--epochs, -b and --repeated-aug start at 1, --temperature above 0, --align-weight and -j at 0")
+    if min(args.epochs, args.batch_size, args.repeated_aug, args.val_every) < 1 or args.workers < 0 or args.temperature <= 0 or args.align_weight < 0:
+        p.error("--epochs, -b, --repeated-aug and --val-every start at 1, --temperature above 0, --align-weight and -j at 0")
     if args.align_targets == "class" and args.align_loss == "cosine":
         p.error("--align-targets class has no meaning for the cosine loss, which has no negatives")
     return args
@@ -568,6 +567,8 @@ def main() -> None:
     if args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(args.device)
+    if args.device == "cpu" and world == 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) - args.workers))  # more threads than cores cost more than they bring
     if world > 1:
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     lead = rank == 0
@@ -601,7 +602,9 @@ def main() -> None:
     net = Aligned(model, len(classes), args, captions.width if captions else None).to(args.device, memory_format=torch.channels_last)
     if args.sync_bn:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    args.lr = args.lr or args.lr_scaled * args.batch_size * world / args.lr_batch
+    if args.lr is None:
+        rate, images = LEARNING_RATES[args.recipe]
+        args.lr = rate * args.batch_size * world / images
     amp = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(args.amp, None)
     if args.amp == "auto" and args.device.startswith("cuda"):
         amp = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

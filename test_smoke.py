@@ -193,7 +193,7 @@ def save_text_encoder(folder: Path, width: int = 64, steps: int = 0, seed: int =
 
 # ------------------------------------------------------------------------------------------------------------- the demo
 
-def run_demo(root: Path, per_class: int = 24, wrong: float = 0.4, epochs: int = 40, steps: int = 1500) -> None:
+def run_demo(root: Path, per_class: int = 40, wrong: float = 0.6, epochs: int = 30, steps: int = 2000) -> None:
     began = time.time()
 
     def run(line: str) -> None:
@@ -222,7 +222,7 @@ def run_demo(root: Path, per_class: int = 24, wrong: float = 0.4, epochs: int = 
         out = "embeddings" if name == "captions" else name
         run(f"embed.py --captions {shown(root / name)}.jsonl --out {shown(root / out)}.npy --model {shown(root / 'encoder')}")
     common = f"--data {shown(root / 'data')} --arch shufflenet_v2_x0_5 --input-size 64 --epochs {epochs} -b 50 --lr 0.1 --val-every 5 -j 1 --resume"
-    aligned = "--align-weight 1 --temperature 0.1"
+    aligned = "--align-weight 2 --temperature 0.1"
     run(f"train.py {common} --out {shown(root / 'runs/baseline')}")
     run(f"train.py {common} --out {shown(root / 'runs/aligned')} --captions {shown(root / 'captions.jsonl')} --embeddings {shown(root / 'embeddings.npy')} {aligned}")
     run(f"train.py {common} --out {shown(root / 'runs/shuffled')} --captions {shown(root / 'shuffled.jsonl')} --embeddings {shown(root / 'shuffled.npy')} {aligned}")
@@ -299,8 +299,9 @@ def build_vit_gpt2(folder):
 def build_idefics3(folder):
     tokenizer = tokens(image_token="<image>")
     images = tf.Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    processor = tf.Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=CHAT)  # adds tokens
     config = tf.Idefics3Config(vision_config=VISION, text_config=LlamaConfig(**text(tokenizer)), image_token_id=tokenizer.image_token_id)
-    save_kind(folder, tf.Idefics3ForConditionalGeneration(config), tf.Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=CHAT))
+    save_kind(folder, tf.Idefics3ForConditionalGeneration(config), processor)
 
 
 def build_qwen2_vl(folder):

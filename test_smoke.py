@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (BertConfig, BertModel, CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
@@ -193,6 +193,24 @@ def save_text_encoder(folder: Path, width: int = 64, steps: int = 0, seed: int =
 
 # ------------------------------------------------------------------------------------------------------------- the demo
 
+def draw_curves(file: Path, runs: dict[str, Path]) -> None:
+    """A PNG of validation top-1 over the epochs, a line per run."""
+    image = Image.new("RGB", (640, 400), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
+    curves = {name: [(e["epoch"], e["val_top1"]) for e in read_lines(run / "log.jsonl")[1:] if "val_top1" in e] for name, run in runs.items()}
+    top, last = max(y for curve in curves.values() for _, y in curve) * 1.1, max(x for curve in curves.values() for x, _ in curve)
+    for tick in range(0, math.ceil(top), 5):
+        y = 360 - 320 * tick / top
+        pen.line([50, y, 620, y], "lightgray")
+        pen.text((10, y - 8), f"{tick} %", "black", font)
+    for (name, curve), color in zip(curves.items(), ("gray", "green", "red")):
+        points = [(50 + 570 * x / last, 360 - 320 * y / top) for x, y in curve]
+        pen.line(points, color, 3)
+        pen.text((60 + 120 * list(curves).index(name), 10), name, color, font)
+    pen.text((240, 375), f"validation top-1 over {last} epochs", "black", font)
+    image.save(file)
+
+
 def run_demo(root: Path, per_class: int = 40, wrong: float = 0.6, epochs: int = 30, steps: int = 2000) -> None:
     began = time.time()
 
@@ -227,7 +245,8 @@ def run_demo(root: Path, per_class: int = 40, wrong: float = 0.6, epochs: int = 
     run(f"train.py {common} --out {shown(root / 'runs/aligned')} --captions {shown(root / 'captions.jsonl')} --embeddings {shown(root / 'embeddings.npy')} {aligned}")
     run(f"train.py {common} --out {shown(root / 'runs/shuffled')} --captions {shown(root / 'shuffled.jsonl')} --embeddings {shown(root / 'shuffled.npy')} {aligned}")
     run(f"evaluate.py --data {shown(root / 'data/val')} " + " ".join(shown(root / "runs" / name / "last.pt") for name in ("baseline", "aligned", "shuffled")))
-    print(f"\nWritten under {root}: data/, mllm/, encoder/, captions.jsonl, captions.png, embeddings.npy, runs/*/log.jsonl. {time.time() - began:.0f} s in all.")
+    draw_curves(root / "curves.png", {name: root / "runs" / name for name in ("baseline", "aligned", "shuffled")})
+    print(f"\nWritten under {root}: data/, mllm/, encoder/, captions.jsonl, captions.png, embeddings.npy, runs/*/log.jsonl, curves.png. {time.time() - began:.0f} s in all.")
 
 
 # ------------------------------------------------------------------- tiny random models of the kinds that caption.py takes

@@ -903,12 +903,15 @@ class Training(Base):
                 torchvision.models.get_model(arch, num_classes=4, **state["rebuild"]["kwargs"]).load_state_dict(state["model"], strict=True)
                 self.assertIn("| 20 |", call("evaluate", "--data", WORLD / "val", TMP / f"arch-{arch}" / "last.pt", "-j", 0, "--device", "cpu"))
 
-    def test_transformers_architecture(self):
-        from transformers import HieraConfig, HieraForImageClassification
-        config = HieraConfig(embed_dim=16, image_size=[64, 64], depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], patch_stride=[4, 4], masked_unit_size=[8, 8])
-        HieraForImageClassification(config).save_pretrained(TMP / "hiera")
-        call("train", *train_options("arch-hiera", "--arch", TMP / "hiera", "--input-size", 64, "--epochs", 1))
-        self.assertIn("| 20 |", call("evaluate", "--data", WORLD / "val", TMP / "arch-hiera" / "last.pt", "-j", 0, "--device", "cpu"))
+    def test_transformers_architectures(self):
+        hiera = tf.HieraForImageClassification(tf.HieraConfig(embed_dim=16, image_size=[64, 64], depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8]))
+        convnext = tf.ConvNextV2ForImageClassification(tf.ConvNextV2Config(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], image_size=64))
+        swin = tf.Swinv2ForImageClassification(tf.Swinv2Config(image_size=64, embed_dim=12, depths=[1, 1], num_heads=[1, 2], window_size=4))
+        for name, model in ("hiera", hiera), ("convnext", convnext), ("swin", swin):
+            with self.subTest(name):
+                model.save_pretrained(TMP / name)
+                call("train", *train_options(f"arch-{name}", "--arch", TMP / name, "--input-size", 64, "--epochs", 1))
+                self.assertIn("| 20 |", call("evaluate", "--data", WORLD / "val", TMP / f"arch-{name}" / "last.pt", "-j", 0, "--device", "cpu"))
 
     def test_stale_embeddings_are_refused(self):
         lines = read_lines(CAPTIONS)
@@ -978,6 +981,55 @@ class Evaluation(Base):
         state = torch.load(TMP / "judged/last.pt", weights_only=True)
         self.assertFalse(torch.equal(state["ema"]["classifier.1.weight"], state["model"]["classifier.1.weight"]))
         self.assertIn("| 20 |", self.evaluate("--data", WORLD / "val", TMP / "judged/last.pt", "--ema"))
+
+    def test_interval_and_groups(self):
+        import evaluate
+        a, b = np.array([1, 1, 0, 0, 1, 0, 0, 1], bool), np.array([1, 1, 1, 0, 0, 1, 1, 1], bool)  # differences 0 0 1 0 -1 1 1 0: mean 2/8
+        mean, half = evaluate.paired_difference(a, b)
+        self.assertAlmostEqual(mean, 25.0)
+        self.assertAlmostEqual(half, 100 * 1.96 * math.sqrt((4 - 8 * 0.25 ** 2) / 7) / math.sqrt(8), places=6)
+        for seed in 1, 2:
+            call("train", *train_options(f"judged-{seed}", "--ema-decay", 0.5, "--seed", seed))
+        runs = [TMP / name / "last.pt" for name in ("judged", "judged-1", "judged-2")]
+        printed = self.evaluate("--data", WORLD / "val", *runs, "--out", TMP / "results.jsonl", "--predictions", TMP / "predictions.jsonl")
+        top1 = [result["top1"] for result in read_lines(TMP / "results.jsonl")]
+        self.assertIn(f"| 3 | {runs[0]} | {np.mean(top1):.2f} +- {np.std(top1, ddof=1):.2f} |", printed)
+        lines = [line for line in read_lines(TMP / "predictions.jsonl") if line["checkpoint"] == str(runs[1])]
+        self.assertAlmostEqual(100 * np.mean([line["label"] == line["prediction"] for line in lines]), top1[1])
+        self.assertEqual({line["image"] for line in lines}, {str(path.relative_to(WORLD / "val")) for path in (WORLD / "val").rglob("*.png")})
+
+    def test_retrieval_and_zero_shot(self):
+        import evaluate
+        rng = np.random.default_rng(0)
+        features, texts, owner = rng.normal(size=(30, 8)).astype(np.float32), rng.normal(size=(50, 8)).astype(np.float32), rng.permutation(np.arange(50) % 25)
+        found, scores = evaluate.retrieval(features, texts, owner), features @ texts.T
+        for k in 1, 5, 10:
+            image_hits = [bool(set(np.argsort(-scores[i])[:k]) & set(np.flatnonzero(owner == i))) for i in range(25)]
+            text_hits = [owner[t] in np.argsort(-scores[:25, t])[:k] for t in range(50)]
+            self.assertAlmostEqual(found[f"image->text R@{k}"], 100 * np.mean(image_hits), places=4)
+            self.assertAlmostEqual(found[f"text->image R@{k}"], 100 * np.mean(text_hits), places=4)
+        options = ["--data", WORLD / "val", "--model", "template", "--out", TMP / "val.jsonl", "--prompt", "a {class}"]
+        call("caption", *options)
+        call("embed", "--captions", TMP / "val.jsonl", "--out", TMP / "val.npy", "--model", ENCODER)
+        text = ["--captions", TMP / "val.jsonl", "--embeddings", TMP / "val.npy", "--class-captions", TMP / "val.jsonl", "--class-embeddings", TMP / "val.npy"]
+        printed = self.evaluate("--data", WORLD / "val", TMP / "judged/last.pt", *text)
+        self.assertRegex(printed, r"image->text R@1 .* text->image R@10 . zero-shot top-1")
+        call("train", *train_options("plain", "--epochs", 1, text=False))
+        self.refused("no projection head", "evaluate", "-j", 0, "--data", WORLD / "val", TMP / "plain/last.pt", *text)
+
+    def test_several_folders_numeric_names_and_published_weights(self):
+        classes = sorted(CLASSES[:2] + CLASSES[-2:])
+        for i, name in enumerate(classes):
+            shutil.copytree(WORLD / "val" / name, TMP / "numeric" / str(i), dirs_exist_ok=True)
+        printed = self.evaluate("--data", WORLD / "val", "--data", f"v2={TMP / 'numeric'}", TMP / "judged/last.pt")
+        rows = [line.split("|")[5:8] for line in printed.splitlines() if "last.pt" in line]
+        self.assertEqual(rows[0], rows[1])
+        self.assertIn("**v2**", printed)
+        model = torchvision.models.squeezenet1_1()
+        with unittest.mock.patch("torchvision.models.get_model", lambda *args, **kwargs: model):  # the published weights are not to be had offline
+            printed = self.evaluate("--data", TMP / "numeric", "squeezenet1_1")
+            self.assertIn("SqueezeNet1_1_Weights.IMAGENET1K_V1 | 20 |", printed)
+            self.refused("published ImageNet weights need its 1000 class folders", "evaluate", "-j", 0, "--device", "cpu", "--data", WORLD / "val", "squeezenet1_1")
 
     def test_refusals(self):
         torch.save({"model": Base}, TMP / "code.pt")

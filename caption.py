@@ -44,7 +44,7 @@ DEFAULT_PROMPT = "Describe this image in detail."
 
 
 def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", required=True, help="ImageNet-style folder: DIR/<class>/<image>")
     p.add_argument("--out", default="captions.jsonl", help="default: captions.jsonl")
     p.add_argument("--model", default=DEFAULT_MODEL, help=f"hub id or folder of an image-text-to-text model, or 'template' (the prompt itself is the caption); default: {DEFAULT_MODEL}")
@@ -68,14 +68,19 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--preview", metavar="PNG", help="write a sheet of twelve random images with captions (taken from --out, or generated), and stop")
     args = p.parse_args()
     args.prompt = args.prompt or [DEFAULT_PROMPT]
+    if args.preview and not args.preview.endswith((".png", ".jpg")):
+        p.error("--preview takes a .png or .jpg file")
     if args.num_captions > 1 and args.temperature <= 0:
         p.error("--num-captions above 1 needs --temperature above 0: greedy decoding gives the same caption every time")
     if min(args.batch_size, args.max_new_tokens, args.num_captions) < 1 or args.workers < 0 or (args.limit is not None and args.limit < 1):
         p.error("--batch-size, --max-new-tokens, --num-captions and --limit start at 1, --workers at 0")
-    shard, _, shards = (args.shard or f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}").partition("/")
+    shard, _, shards = (args.shard or "0/1").partition("/")
     if not (shard.isdigit() and shards.isdigit() and int(shard) < int(shards)):
         p.error(f"--shard {args.shard}: expected I/N with 0 <= I < N")
-    args.shard, args.shards = int(shard), int(shards)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun, if each task of an array uses it
+    args.shard, args.shards, args.quiet = int(shard) * world + rank, int(shards) * world, rank > 0
+    if args.retry_failed and args.shards > 1:
+        p.error("--retry-failed rewrites --out first: run it in one process, without --shard")
     return args
 
 
@@ -101,7 +106,10 @@ def read_class_names(file: str | None, folders: list[str]) -> dict[str, str]:
     except OSError as error:
         raise SystemExit(f"--class-names: {error}")
     if file.endswith(".json"):
-        names = json.loads(text)
+        try:
+            names = json.loads(text)
+        except ValueError as error:
+            raise SystemExit(f"--class-names {file}: {error}")
     else:
         names = dict(line.split("\t", 1) for line in text.splitlines() if "\t" in line)
     missing = [folder for folder in folders if folder not in names]
@@ -282,12 +290,13 @@ def describe(dataset: Batches, requests: list, captions: dict[tuple[int, int], l
 
 # -------------------------------------------------------------------------------------------------- files on the disk
 
-def read_lines(file: str):
-    """Yield (first byte, end byte, object) per line; a last line that a kill cut short is left out. A missing file has none."""
+def read_lines(file: str, size: float = math.inf):
+    """Yield (first byte, end byte, object) per line of the first `size` bytes; a last line that a kill cut short is left out, a missing
+    file has none."""
     end = 0
     with contextlib.suppress(FileNotFoundError), open(file, "rb") as stream:
         for number, raw in enumerate(stream, 1):
-            if not raw.endswith(b"\n"):
+            if not raw.endswith(b"\n") or end >= size:
                 return
             start, end = end, end + len(raw)
             try:
@@ -312,10 +321,11 @@ class Ledger:
         self.own = args.out if args.shards == 1 else f"{args.out}.part-{args.shard}-of-{args.shards}"
         self.own_end = 0
         files = (args.out, *self.parts)
-        for file in files:
+        sizes = [os.path.getsize(file) if os.path.exists(file) else 0 for file in files]  # others may be writing: what is here now ...
+        for file in files:  # ... has its failures, which are written first, in these
             self.failures |= {self.index[line["image"]]: line["error"] for _, _, line in read_lines(file + ".failed") if line["image"] in self.index}
-        for file in files:
-            self.scan(file)
+        for file, size in zip(files, sizes):
+            self.scan(file, size)
         for batch in range(math.ceil(self.limit / args.batch_size)):
             if not self.owed(batch, self.limit, ()):
                 self.places.setdefault(batch, (None, 0, 0))  # all of its images failed
@@ -326,7 +336,7 @@ class Ledger:
         images = range(batch * size, min((batch + 1) * size, limit))
         return [i for i in images if i in present or i not in self.failures for _ in range(per_image)]
 
-    def scan(self, file: str) -> None:
+    def scan(self, file: str, size: int) -> None:
         run, first, tail = [], 0, 0  # image indices of the current batch's lines; where they begin; where they end
 
         def close() -> bool:
@@ -338,7 +348,7 @@ class Ledger:
                 self.failures.pop(i, None)
             return True
 
-        for start, end, line in read_lines(file):
+        for start, end, line in read_lines(file, size):
             if line["image"] not in self.index:
                 raise SystemExit(f"{file} describes '{line['image']}', which is not in --data {self.args.data}: choose another --out")
             for name, known in (("model", [self.args.model]), ("prompt", self.args.prompt), ("settings", [self.settings])):
@@ -506,6 +516,7 @@ def main() -> None:
     if todo or args.preview:
         if "LOCAL_RANK" in os.environ and args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
         describer = Describer(args)
         describer.load_weights()
         dataset = Batches(args, keys[:ledger.limit], todo, describer, names)
@@ -518,7 +529,7 @@ def main() -> None:
         if os.path.exists(ledger.own):
             os.truncate(ledger.own, ledger.own_end)
         total = sum(len(ledger.owed(b, ledger.limit, range(len(keys)))) for b in batches if b % args.shards == args.shard)
-        bar = tqdm(total=total, unit="caption", smoothing=0.05, disable=args.shard > 0 and "RANK" in os.environ)
+        bar = tqdm(total=total, unit="caption", smoothing=0.05, disable=args.quiet)
         bar.update(total - sum(len(ledger.owed(b, ledger.limit, range(len(keys)))) for b in todo))
         bar.initial, start = bar.n, time.perf_counter()  # the rate is this run's
         loader = DataLoader(dataset, batch_size=None, num_workers=args.workers, pin_memory=args.device.startswith("cuda"))

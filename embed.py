@@ -11,7 +11,7 @@ Launch:
     python embed.py --captions captions.jsonl --model meta-llama/Llama-3.2-1B --tune-epochs 1 --lora-rank 16 --tuned-out tuned    # LLM2CLIP
 
 Kill it at any moment and run the same line again: it goes on with the batches that are missing. Memory does not grow with
-the captions: token ids wait in a file, rows go through a memory map, an index of some 40 bytes per caption stays in memory.
+the captions: token ids wait in a file, rows go through a memory map, an index of some 70 bytes per caption stays in memory.
 """
 import argparse
 import hashlib
@@ -39,7 +39,7 @@ POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls",
 
 
 def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--captions", default="captions.jsonl", help="default: captions.jsonl")
     p.add_argument("--out", default="embeddings.npy", help="default: embeddings.npy")
     p.add_argument("--model", default=DEFAULT_MODEL, help=f"hub id or folder of a text encoder; default: {DEFAULT_MODEL}")
@@ -112,9 +112,12 @@ class TextEncoder(nn.Module):
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(args.model, **where, **source)
             config = AutoConfig.from_pretrained(args.model, **where, **source)
-            self.model = AutoModel.from_pretrained(args.model, dtype=args.dtype, **where, **source)
+            self.model, loaded = AutoModel.from_pretrained(args.model, dtype=args.dtype, output_loading_info=True, **where, **source)
         except (OSError, ValueError) as error:
             raise SystemExit(f"--model {args.model}: cannot load it: {str(error).strip().splitlines()[0]}")
+        missing = [name for name in loaded["missing_keys"] if "pooler" not in name and not name.startswith("decoder.")]  # parts that are not used here
+        if missing:
+            raise SystemExit(f"--model {args.model}: its files have no weights for {len(missing)} parts, {min(missing)} for one: embeddings would be random")
         self.clip = hasattr(self.model, "get_text_features") and modules is None
         if config.is_encoder_decoder:
             self.model = self.model.get_encoder()
@@ -128,7 +131,8 @@ class TextEncoder(nn.Module):
             ids = self.tokenizer(self.prefix)["input_ids"]
             self.prompt_tokens = len(ids) - (ids[-1] in self.tokenizer.all_special_ids)
         limits = [limit or self.tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", None)]
-        self.max_length = args.max_length or min(value for value in limits if value and value > 0)
+        self.max_length = min(value for value in (*limits, args.max_length) if value and value > 0)
+        self.model.config.use_cache = False  # one forward pass needs no cache of keys and values
 
     @staticmethod
     def load_dense(args: argparse.Namespace, path: str, config: dict) -> nn.Module:
@@ -204,7 +208,7 @@ def add_lora(model: nn.Module, rank: int) -> list[nn.Module]:
 
 
 def caption_contrastive_loss(vectors: torch.Tensor, texts: list[str], temperature: float = 0.05) -> torch.Tensor:
-    """Symmetric InfoNCE of vectors [2B, D], rows i and B + i from two captions of one image; negatives are all others that read differently."""
+    """Symmetric InfoNCE of vectors [2B, D], rows i and B + i from two captions of one image; negatives are all others that do not read the same as the row's own."""
     n = len(texts) // 2
     number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     texts = torch.tensor([number[text] for text in texts], device=vectors.device)
@@ -232,8 +236,10 @@ def caption_recall(encoder: TextEncoder, pairs: list[list[str]], device: torch.d
 
 def tune(encoder: TextEncoder, args: argparse.Namespace, device: torch.device) -> None:
     """Supervised SimCSE on captions: two different captions of an image attract each other. Saves the encoder to `--tuned-out`."""
-    if encoder.clip or encoder.dense or encoder.prompt_tokens or len(encoder.poolings) > 1:
-        raise SystemExit("--tune-epochs takes encoders with one plain pooling, no projection and no Dense module")
+    if encoder.clip or encoder.dense or encoder.prompt_tokens or len(encoder.poolings) > 1 or encoder.model.config.is_encoder_decoder:
+        raise SystemExit("--tune-epochs takes encoders and decoders with one plain pooling, no projection and no Dense module")
+    if not args.lora_rank:
+        encoder.float()  # steps of 5e-5 vanish in bfloat16 weights
     captions_of = {}
     with open(args.captions, "rb") as stream:
         for line in map(json.loads, stream):
@@ -253,7 +259,7 @@ def tune(encoder: TextEncoder, args: argparse.Namespace, device: torch.device) -
     lora = add_lora(encoder.model, args.lora_rank) if args.lora_rank else []
     peak = args.tune_lr or (2e-4 if lora else 5e-5)
     optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], peak)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / max(1, steps // 10), 1 - step / steps))  # warm up, then decay
     encoder.train()
     bar, autocast = tqdm(total=steps, unit="step", desc="tune"), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     for _ in range(args.tune_epochs):
@@ -313,6 +319,14 @@ def sha256(file: str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a sample of every weight: a model that was tuned again under the same name is another one."""
+    digest = hashlib.sha256()
+    for value in model.parameters():
+        digest.update(value.detach().flatten()[::max(1, value.numel() // 256)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def write_tokens(encoder: TextEncoder, captions: str, file: str, quiet: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokenise all captions into `file` (int32, one after the other): lengths [N], uncut lengths [N], 128-bit hashes [N]."""
     lengths, uncut, hashes, chunk = [], [], [], []
@@ -355,6 +369,7 @@ def main() -> None:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # only for waiting: a rank may be hours ahead of another
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
     device = torch.device(args.device)
     next(read_captions(args.captions), None)  # a missing file or a wrong first line, before the model is loaded
     identity = {"captions": os.path.basename(args.captions), "captions_sha256": sha256(args.captions)}
@@ -364,9 +379,10 @@ def main() -> None:
             raise SystemExit("--tune-epochs runs in one process: tune first, then embed with torchrun and --model DIR")
         tune(encoder, args, device)
         args.model, args.revision, args.prefix = args.tuned_out, "main", None
+        del encoder
         encoder = TextEncoder(args).to(device).eval()
     identity |= {"model": args.model, "revision": args.revision, "pooling": "projection" if encoder.clip else "+".join(encoder.poolings),
-                 "prefix": encoder.prefix, "max_length": encoder.max_length, "dtype": args.dtype, "out_dtype": args.out_dtype}
+                 "weights_sha256": fingerprint(encoder), "prefix": encoder.prefix, "max_length": encoder.max_length, "dtype": args.dtype, "out_dtype": args.out_dtype}
     metadata, temporary = args.out.removesuffix(".npy") + ".json", args.out + ".tmp"
     if os.path.exists(args.out) and os.path.exists(metadata):
         known = json.load(open(metadata, encoding="utf-8"))
@@ -386,7 +402,7 @@ def main() -> None:
 
     plan = identity | {"batch_size": args.batch_size, "batch_tokens": args.batch_tokens}
     if rank == 0:
-        resumed = os.path.exists(temporary + ".plan") and json.load(open(temporary + ".plan", encoding="utf-8")) == plan
+        resumed = os.path.exists(temporary) and os.path.exists(temporary + ".plan") and json.load(open(temporary + ".plan", encoding="utf-8")) == plan
         if not resumed:
             np.lib.format.open_memmap(temporary, "w+", args.out_dtype, (len(lengths), width)).flush()
             np.zeros(len(batches), np.uint8).tofile(temporary + ".done")
@@ -406,6 +422,8 @@ def main() -> None:
 
     def store(batch: int, vectors: torch.Tensor) -> None:
         unique = order[slice(*batches[batch])]
+        if not vectors.isfinite().all():
+            raise SystemExit(f"the encoder's output is not finite in {args.dtype if args.dtype != 'auto' else 'float16 autocast'}: use --dtype bfloat16 or float32")
         for u, vector in zip(unique, vectors.cpu().numpy()):
             rows[lines[ends[u - 1] if u else 0:ends[u]]] = vector
         done[batch] = 1  # after its rows: a kill in between repeats the batch

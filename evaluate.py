@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import statistics
 import time
 
@@ -35,7 +36,7 @@ from tqdm import tqdm
 
 
 def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
     p.add_argument("--data", required=True, action="append", metavar="[NAME=]DIR", help="may be given several times")
     p.add_argument("--ema", action="store_true", help="the averaged weights instead of the last ones")
@@ -118,8 +119,10 @@ def head_from_weights(weights: dict[str, torch.Tensor]) -> nn.Module:
 
 def match_classes(folder: ImageFolder, classes: list[str] | None, checkpoint: str) -> list[tuple[str, int]]:
     """The folder's samples with the checkpoint's class indices."""
-    if classes is None and (len(folder.classes) == 1000 or all(name.isdigit() for name in folder.classes)):
-        classes = folder.classes if len(folder.classes) == 1000 and not folder.classes[0].isdigit() else [str(i) for i in range(1000)]
+    if classes is None and all(name.isdigit() for name in folder.classes):
+        classes = [str(i) for i in range(1000)]
+    elif classes is None and len(folder.classes) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in folder.classes):
+        classes = folder.classes
     if classes is None:
         raise SystemExit(f"{folder.root}: published ImageNet weights need its 1000 class folders, or numeric folder names; it has {len(folder.classes)} folders")
     index = {name: i for i, name in enumerate(classes)}
@@ -193,14 +196,15 @@ def retrieval(features: np.ndarray, texts: np.ndarray, owner: np.ndarray, ks: tu
     return hits
 
 
-def text_measures(args: argparse.Namespace, features: np.ndarray, folder: ImageFolder) -> dict[str, float]:
-    index = {os.path.relpath(path, folder.root).replace(os.sep, "/"): i for i, (path, _) in enumerate(folder.samples)}
+def text_measures(args: argparse.Namespace, features: np.ndarray, folder: ImageFolder, readable: np.ndarray) -> dict[str, float]:
+    """Retrieval and zero-shot top-1 of the readable images' features [N, D]."""
+    index = {os.path.relpath(path, folder.root).replace(os.sep, "/"): i for i, (path, _) in enumerate(folder.samples) if readable[i]}
     measures = {}
     if args.captions:
         keys, rows = read_text(args.captions, args.embeddings)
         kept = [row for row, key in enumerate(keys) if key in index]
-        if not kept or rows.shape[1] != features.shape[1]:
-            raise SystemExit(f"--embeddings: {len(kept)} captions belong to images of {folder.root}, width {rows.shape[1]}, the head's is {features.shape[1]}: other data or another encoder")
+        if not kept:
+            raise SystemExit(f"--captions: none of them belongs to an image of {folder.root}")
         measures |= retrieval(features, rows[kept], np.array([index[keys[row]] for row in kept]))
     if args.class_captions:
         keys, rows = read_text(args.class_captions, args.class_embeddings)
@@ -209,7 +213,7 @@ def text_measures(args: argparse.Namespace, features: np.ndarray, folder: ImageF
             if key.split("/")[0] in folder.class_to_idx:
                 prototypes[folder.class_to_idx[key.split("/")[0]]] += row
         nearest = (features @ (prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True).clip(1e-9)).T).argmax(1)
-        measures["zero-shot top-1"] = 100 * float((nearest == np.array(folder.targets)).mean())
+        measures["zero-shot top-1"] = 100 * float((nearest == np.array(folder.targets))[readable].mean())
     return measures
 
 
@@ -243,6 +247,10 @@ def main() -> None:
             if not state.get("projection") or state["settings"].get("text_adapter", "none") != "none":
                 raise SystemExit(f"{file} has no projection head into the plain embeddings: retrieval needs a run with --embeddings and without --text-adapter")
             head = head_from_weights(state["projection"])
+            width = list(state["projection"].values())[-1].shape[0]
+            for captions, embeddings in ((args.captions, args.embeddings), (args.class_captions, args.class_embeddings)):
+                if captions and (found := read_text(captions, embeddings)[1].shape[1]) != width:
+                    raise SystemExit(f"{embeddings} has width {found}, the head of {file} {width}: embed with the encoder of the training")
         for name, folder in folders.items():
             samples = match_classes(folder, state["classes"], file)
             images = Images(samples, range(rank, len(samples), world), state["transform"], state["input_size"])
@@ -261,7 +269,7 @@ def main() -> None:
                     "checkpoint": file, "data": name, "arch": state["arch"], "epoch": state["epoch"], "selected": state["selected"], "images": int(readable.sum()),
                     "unreadable": int((~readable).sum()), "top1": 100 * hit[readable].mean(), "top5": 100 * found["top5"][readable].mean(),
                     "parameters": sum(p.numel() for p in model.parameters()), "images_per_s": speed, "settings": state["settings"], "ema": args.ema,
-                    "text": text_measures(args, found["feature"], folder) if head else {}, "hit": hit, "readable": readable})
+                    "text": text_measures(args, found["feature"], folder, readable) if head else {}, "hit": hit, "readable": readable})
                 if args.predictions:
                     predictions += [{"checkpoint": file, "data": name, "image": os.path.relpath(path, folder.root).replace(os.sep, "/"), "label": int(label), "prediction": int(guess),
                                      "probability": round(float(p), 6)} for (path, label), guess, p in zip(samples, found["prediction"], found["probability"])]
@@ -289,9 +297,10 @@ def report(args: argparse.Namespace, results: list[dict], names: list[str]) -> N
             difference = "" if row is rows[0] else f"{row['difference']:+.2f} +- {row['interval']:.2f}"
             lines.append([row["checkpoint"], row["arch"], row["epoch"], row["selected"], row["images"], f"{row['top1']:.2f}", f"{row['top5']:.2f}", difference,
                           *(f"{value:.2f}" for value in row["text"].values()), f"{row['parameters'] / 1e6:.2f}", f"{row['images_per_s']:.0f}"])
-            groups.setdefault(json.dumps({k: v for k, v in row["settings"].items() if k != "seed"}, sort_keys=True), []).append(row)
+            same = {key: value for key, value in row["settings"].items() if key != "seed"} | {"selected": row["selected"], "epoch": row["epoch"]}
+            groups.setdefault(json.dumps(same, sort_keys=True), []).append(row)
         print_table(["checkpoint", "arch", "epoch", "selected", "images", "top-1 %", "top-5 %", "difference", *rows[0]["text"], "M parameters", "images/s"], lines)
-        if any(len(group) > 1 for group in groups.values()):
+        if any(len({row["settings"].get("seed") for row in group}) > 1 for group in groups.values()):
             print()
             first = statistics.mean(row["top1"] for row in next(iter(groups.values())))
             means = [(group, statistics.mean(row["top1"] for row in group), statistics.stdev([row["top1"] for row in group]) if len(group) > 1 else float("nan")) for group in groups.values()]

@@ -81,7 +81,7 @@ OPTIONS = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", required=True, help="folder with train/ and val/")
     p.add_argument("--out", required=True, metavar="RUN", help="folder for checkpoints and the log")
     p.add_argument("--captions", help="captions.jsonl of train/")
@@ -119,6 +119,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p.error("--epochs, -b, --repeated-aug and --val-every start at 1, --temperature above 0, --align-weight and -j at 0")
     if args.align_targets == "class" and args.align_loss == "cosine":
         p.error("--align-targets class has no meaning for the cosine loss, which has no negatives")
+    if args.learn_temperature and args.align_loss == "cosine":
+        p.error("--learn-temperature: the cosine loss has no temperature")
+    if args.warmup_epochs and args.warmup_lr <= 0:
+        p.error("--warmup-lr starts above 0")
+    if args.sync_bn and not args.device.startswith("cuda"):
+        p.error("--sync-bn needs CUDA")
     return args
 
 
@@ -192,10 +198,11 @@ class TrainImages(Dataset):
 
 def read_image(path: str) -> torch.Tensor:
     """uint8 [3, H, W]. torchvision's decoder is about twice as fast as Pillow, which reads what it cannot (CMYK, BMP, TIFF ...)."""
-    try:
-        return decode_image(path, ImageReadMode.RGB)
-    except RuntimeError:
-        return v2.functional.pil_to_tensor(pil_loader(path))
+    with contextlib.suppress(RuntimeError):
+        image = decode_image(path, ImageReadMode.RGB)
+        if image.ndim == 3 and image.dtype == torch.uint8:  # not an animation, not 16 bit
+            return image
+    return v2.functional.pil_to_tensor(pil_loader(path))
 
 
 class EvalImages(Dataset):
@@ -206,7 +213,7 @@ class EvalImages(Dataset):
         resize = round(size / args.crop_ratio)
         self.transform = v2.Compose([
             v2.Resize(resize, InterpolationMode(args.interpolation)), v2.CenterCrop(size), v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+            v2.ToDtype(torch.float32, scale=True), v2.Normalize(args.mean, args.std)])
         self.size = size
 
     def __len__(self) -> int:
@@ -221,7 +228,7 @@ class EvalImages(Dataset):
 
 
 class EpochSampler(Sampler):
-    """(index, seed) of this process's part of an epoch. Batch k of all processes together is the same set at every world size."""
+    """(index, seed) of this process's part of an epoch. At the same global batch, batch k is the same set at every world size."""
 
     def __init__(self, length: int, copies: int, seed: int, rank: int, world: int):
         self.length, self.copies, self.seed, self.rank, self.world, self.epoch = length, copies, seed, rank, world, 0
@@ -233,16 +240,17 @@ class EpochSampler(Sampler):
         stream = self.seed * 10_007 + self.epoch
         order = torch.randperm(self.length, generator=torch.Generator().manual_seed(stream)).repeat_interleave(self.copies)
         for position in range(self.rank, len(self) * self.world, self.world):
-            yield int(order[position]), stream * 1_000_000_007 + position
+            yield int(order[position]), (stream * 1_000_000_007 + position) % 2**63
 
 
 class ResizedCrop(v2.RandomResizedCrop):
-    """RandomResizedCrop of a decoded image. torchvision's resize of uint8 is twice as fast on a crop that is dense in memory."""
+    """RandomResizedCrop of one uint8 image [3, H, W], the same pixels as torchvision's: the resize is twice as fast on a crop that is
+    dense in memory, and a plain tensor needs no search for what to transform."""
 
-    def transform(self, inpt: torch.Tensor, params: dict) -> torch.Tensor:
-        crop = inpt[:, params["top"]:params["top"] + params["height"], params["left"]:params["left"] + params["width"]]
-        crop = crop[None].contiguous(memory_format=torch.channels_last)
-        return v2.functional.resize(crop, self.size, interpolation=self.interpolation, antialias=True)[0]
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        top, left, height, width = self.make_params([image]).values()
+        crop = image[None, :, top:top + height, left:left + width].contiguous(memory_format=torch.channels_last)
+        return F.interpolate(crop, self.size, mode=self.interpolation.value, antialias=True)[0]
 
 
 def train_transform(args: argparse.Namespace) -> v2.Compose:
@@ -272,13 +280,19 @@ def key_of(path: str, folder: str) -> str:
 # ----------------------------------------------------------------------------------------------------------- model
 
 def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict]:
-    """The plain model, and the keyword arguments (torchvision) or configuration (transformers) that build it again."""
+    """The plain model, and the keyword arguments (torchvision) or configuration (transformers) that build it again. Sets
+    args.input_size, mean and std to what the architecture or its weights were published with."""
+    args.mean, args.std = MEAN, STD
     if "/" in args.arch or os.path.isdir(args.arch):
         try:
             config = transformers.AutoConfig.from_pretrained(args.arch, num_labels=num_classes)
-            args.input_size = args.input_size or (config.image_size if isinstance(config.image_size, int) else config.image_size[0])
+            published_size = getattr(config, "image_size", 224)
+            args.input_size = args.input_size or (published_size if isinstance(published_size, int) else published_size[0])
             auto = transformers.AutoModelForImageClassification
             model = auto.from_pretrained(args.arch, config=config, ignore_mismatched_sizes=True) if args.pretrained else auto.from_config(config)
+            if args.pretrained:
+                images = transformers.AutoImageProcessor.from_pretrained(args.arch)
+                args.mean, args.std = list(images.image_mean), list(images.image_std)
         except (OSError, ValueError, AttributeError) as error:
             raise SystemExit(f"--arch {args.arch}: not an image classifier of transformers: {str(error).strip().splitlines()[0]}")
         if args.drop_path:
@@ -301,13 +315,16 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
         kwargs["init_weights"] = not args.pretrained  # what they do anyway without a warning being printed
     try:
         if args.pretrained:
+            args.mean, args.std = weights.transforms().mean, weights.transforms().std
             pretrained = torchvision.models.get_model(args.arch, weights=weights).state_dict()
         model = torchvision.models.get_model(args.arch, num_classes=num_classes, **kwargs)
     except (ValueError, OSError) as error:
         raise SystemExit(f"--arch {args.arch} cannot be built for --input-size {args.input_size}: {error}")
-    if args.pretrained:  # all but the layers whose shape depends on the number of classes
+    if args.pretrained:  # all but the layers whose shape depends on the number of classes, and heads that were not published
         own = model.state_dict()
-        model.load_state_dict({name: value if value.shape == own[name].shape else own[name] for name, value in pretrained.items()})
+        if "image_size" in kwargs:
+            pretrained = torchvision.models.vision_transformer.interpolate_embeddings(args.input_size, model.patch_size, pretrained)
+        model.load_state_dict(own | {name: value for name, value in pretrained.items() if name in own and value.shape == own[name].shape})
     if args.drop_path:
         add_drop_path(model, args.arch, args.drop_path)
     return model, {"kwargs": kwargs}
@@ -397,13 +414,13 @@ class AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
+        dist.all_gather(parts, x.detach().contiguous())
         ctx.rows = slice(dist.get_rank() * len(x), (dist.get_rank() + 1) * len(x))
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may use the original elsewhere
         dist.all_reduce(grad)
         return grad[ctx.rows]
 
@@ -477,7 +494,7 @@ def train_epoch(args, net, model, loader, optimizer, scaler, ema, mix, amp, epoc
     """One epoch; {"loss_ce", "loss_align", "train_top1", "images_per_s", "data_wait", ...}. Synchronises every 50 steps only."""
     net.train()
     device = torch.device(args.device)
-    mean, std = (255 * torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    mean, std = (255 * torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (args.mean, args.std))
     sums = torch.zeros(4, device=device)  # CE, alignment, hits, labelled images
     bad_step, bad_values, failed, wait = torch.full((), -1, device=device), torch.zeros(2, device=device), set(), 0.0
     bar = tqdm(total=len(loader), unit="step", desc=f"epoch {epoch}", disable=quiet, leave=False, mininterval=1)
@@ -515,7 +532,9 @@ def train_epoch(args, net, model, loader, optimizer, scaler, ema, mix, amp, epoc
             bad_step, bad_values = torch.where(first_bad, step, bad_step), torch.where(first_bad, values, bad_values)
         bar.update()
         if step % 50 == 49 or step == len(loader) - 1:
-            if bad_step >= 0:  # every process sees the same loss: all of them stop
+            if dist.is_initialized():
+                dist.all_reduce(bad_step, dist.ReduceOp.MAX)  # all processes stop, or none
+            if bad_step >= 0:
                 good = os.path.join(args.out, "last.pt")
                 raise SystemExit(f"the loss is not finite at step {int(bad_step)} of epoch {epoch}: CE {bad_values[0]:.4g}, alignment {bad_values[1]:.4g}; "
                                  + (f"{good} is the last good checkpoint" if os.path.exists(good) else "there is no checkpoint yet") + ". Try a smaller --lr, --clip-grad 1 or --amp bfloat16")
@@ -535,6 +554,9 @@ def train_epoch(args, net, model, loader, optimizer, scaler, ema, mix, amp, epoc
 def validate(model: nn.Module, samples: list, args: argparse.Namespace, rank: int, world: int) -> float:
     """Top-1 in percent over all readable images, each counted once."""
     model.eval()
+    if dist.is_initialized():  # batch norm's statistics are each process's own: what is saved, process 0's, is what is measured
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     loader = DataLoader(EvalImages(samples[rank::world], args), args.batch_size, num_workers=args.workers, pin_memory=args.device.startswith("cuda"))
     counts = torch.zeros(2, dtype=torch.float64, device=args.device)
     for images, labels in loader:
@@ -608,11 +630,14 @@ def main() -> None:
     model.aux_weights = {"googlenet": (0.3, 0.3), "inception_v3": (0.4,)}.get(args.arch, ())
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     try:  # as in training, where auxiliary heads may need larger images than evaluation does
-        with torch.no_grad():
-            model.train()(torch.zeros(2, 3, args.input_size, args.input_size))
+        output = model.train()(torch.zeros(2, 3, args.input_size, args.input_size))
+        sum(x.sum() for x in (output if isinstance(output, tuple) else [getattr(output, "logits", output)]) if x is not None).backward()
     except Exception as error:
         raise SystemExit(f"--arch {args.arch} does not take images of {args.input_size} pixels: {str(error).splitlines()[0]}")
     model.load_state_dict(buffers, strict=False)
+    for parameter in model.parameters():  # what classification does not use (a mask token, say) would stop DDP
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
     torch.manual_seed(args.seed)
     net = Aligned(model, len(classes), args, captions.width if captions else None).to(args.device, memory_format=torch.channels_last)
     if args.sync_bn:
@@ -622,7 +647,7 @@ def main() -> None:
         args.lr = rate * args.batch_size * world / images
     amp = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(args.amp, None)
     if args.amp == "auto" and args.device.startswith("cuda"):
-        amp = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        amp = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     optimizer = make_optimizer(net, args, amp)
     schedule = make_schedule(optimizer, args)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=amp is torch.float16)
@@ -642,6 +667,8 @@ def main() -> None:
             state = torch.load(checkpoint, map_location=args.device, weights_only=True)
         except Exception as error:
             raise SystemExit(f"--resume {checkpoint}: cannot be read: {str(error).splitlines()[0]}")
+        if "net" not in state:
+            raise SystemExit(f"--resume {checkpoint}: only last.pt holds what is needed to go on")
         if state["classes"] != classes:
             raise SystemExit(f"--resume {checkpoint}: it was trained on other classes ({len(state['classes'])}, here {len(classes)})")
         changed = [f"{k} {state['settings'].get(k)} -> {v}" for k, v in settings.items() if state["settings"].get(k) != v]
@@ -681,9 +708,13 @@ def main() -> None:
         entry = {"epoch": epoch + 1, "lr": lr} | train_epoch(args, ddp, model, loader, optimizer, scaler, ema, mix, amp, epoch + 1, not lead)
         schedule.step()
         failed = entry.pop("unreadable")
+        if world > 1:
+            parts = [None] * world
+            dist.all_gather_object(parts, failed)
+            failed = set().union(*parts)
         if failed:
-            print(f"epoch {epoch + 1}: {len(failed)} unreadable images left out: {', '.join(repr(key_of(samples[i][0], train_folder)) for i in sorted(failed)[:5])}")
-        if len(failed) == len(samples):
+            say(f"epoch {epoch + 1}: {len(failed)} unreadable images left out: {', '.join(repr(key_of(samples[i][0], train_folder)) for i in sorted(failed)[:5])}")
+        if len(failed) >= len(loader) * args.batch_size * world:
             raise SystemExit("no training image can be read")
         entry |= {"unreadable": len(failed), "unlabelled": len(unlabelled), "without_text": len(samples) - with_text if captions else None}
         if (epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs:
@@ -698,7 +729,7 @@ def main() -> None:
             stream.write(json.dumps(entry) + "\n")
         plain = {
             "model": model.state_dict(), "ema": ema.module.state_dict() if ema else None, "arch": args.arch, "rebuild": rebuild, "classes": classes,
-            "input_size": args.input_size, "crop_ratio": args.crop_ratio, "interpolation": args.interpolation, "mean": MEAN, "std": STD, "epoch": epoch + 1,
+            "input_size": args.input_size, "crop_ratio": args.crop_ratio, "interpolation": args.interpolation, "mean": args.mean, "std": args.std, "epoch": epoch + 1,
             "val_top1": entry.get("val_top1"), "settings": settings, "projection": net.projection.state_dict() if captions else None}
         if entry.get("val_top1", -1.0) > best:
             best = entry["val_top1"]

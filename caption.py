@@ -210,7 +210,7 @@ class Describer:
             if type(self.model).generate is GenerationMixin.generate and not self.model.config.is_encoder_decoder and all(t in ends for t in prompt[:, -1].tolist()):
                 inputs = {name: value[:, :-1] if value.shape == prompt.shape else value for name, value in inputs.items()}  # GIT: a prompt that is to go on
                 prompt = prompt[:, :-1]
-        how = dict(do_sample=False) if args.temperature <= 0 else dict(do_sample=True, temperature=args.temperature, top_p=args.top_p)
+        how = dict(do_sample=False) if args.temperature <= 0 else dict(do_sample=True, temperature=args.temperature, top_p=args.top_p, top_k=0)
         tokens = self.model.generate(**inputs, **how, num_beams=1, max_new_tokens=args.max_new_tokens, num_return_sequences=args.num_captions)
         if prompt is not None:  # decoders return the prompt too, encoder-decoders do not, BLIP returns it without its last token
             prompt = prompt.repeat_interleave(args.num_captions, 0)
@@ -473,6 +473,8 @@ def write_whole(out: str, lines: list[dict]) -> None:
 
 def contact_sheet(file: str, data: str, captions: list[tuple[str, str]], columns: int = 4, side: int = 256) -> None:
     """A PNG of images with their captions below, wrapped and never cut."""
+    if not captions:
+        raise SystemExit(f"--preview {file}: there are no captions to show yet")
     font = ImageFont.load_default(size=13)
     texts = [textwrap.fill(f"{key.split('/')[0]}: {caption}".encode("utf-8", "replace").decode(), 38) for key, caption in captions]
     height = side + 24 + 18 * max(text.count("\n") + 1 for text in texts)

@@ -10,8 +10,8 @@ Launch:
     torchrun --nproc_per_node=8 embed.py --captions captions.jsonl --model microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned
     python embed.py --captions captions.jsonl --model meta-llama/Llama-3.2-1B --tune-epochs 1 --lora-rank 16 --tuned-out tuned    # LLM2CLIP
 
-Kill it at any moment and run the same line again: it goes on with the batches that are missing. Memory does not grow with
-the captions: token ids wait in a file, rows go through a memory map, an index of some 70 bytes per caption stays in memory.
+Kill it at any moment and run the same line again: it goes on with the batches that are missing (tuning starts over). Memory does not
+grow with the captions: token ids wait in a file, rows go through a memory map; an index of some 70 bytes per caption stays in memory.
 """
 import argparse
 import hashlib

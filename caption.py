@@ -28,6 +28,7 @@ import math
 import os
 import pickle
 import random
+import re
 import textwrap
 import time
 
@@ -70,6 +71,13 @@ def parse_args() -> argparse.Namespace:
     args.prompt = args.prompt or [DEFAULT_PROMPT]
     if args.preview and not args.preview.endswith((".png", ".jpg")):
         p.error("--preview takes a .png or .jpg file")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        p.error("--device cuda: this machine has no GPU that torch can use")
+    if not os.path.isdir(os.path.dirname(args.out) or "."):
+        p.error(f"--out {args.out}: its folder does not exist")
+    unknown = [name for prompt in args.prompt for name in re.findall(r"{\w*}", prompt) if name != "{class}"]
+    if unknown:
+        p.error(f"--prompt: {unknown[0]} is not known, only {{class}} is")
     if args.num_captions > 1 and args.temperature <= 0:
         p.error("--num-captions above 1 needs --temperature above 0: greedy decoding gives the same caption every time")
     if min(args.batch_size, args.max_new_tokens, args.num_captions) < 1 or args.workers < 0 or (args.limit is not None and args.limit < 1):
@@ -89,7 +97,10 @@ def parse_args() -> argparse.Namespace:
 def list_images(data: str) -> list[str]:
     """Keys (POSIX paths relative to `data`) of all images, in torchvision's ImageFolder order."""
     try:
-        samples = ImageFolder(data).samples
+        folder = ImageFolder(data)
+        if {"train", "val"} <= set(folder.classes):
+            raise SystemExit(f"--data {data} holds train/ and val/, not class folders: did you mean {os.path.join(data, 'train')}?")
+        samples = folder.samples
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SystemExit(f"--data {data}: {error}")
     return [os.path.relpath(path, data).replace(os.sep, "/") for path, _ in samples]

@@ -63,6 +63,10 @@ def parse_args() -> argparse.Namespace:
     args.batch_tokens = args.batch_tokens or (32768 if args.device.startswith("cuda") else 1024)
     if min(args.batch_size, args.batch_tokens) < 1 or (args.max_length is not None and args.max_length < 3):
         p.error("--batch-size and --batch-tokens start at 1, --max-length at 3")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        p.error("--device cuda: this machine has no GPU that torch can use")
+    if not os.path.isdir(os.path.dirname(args.out) or "."):
+        p.error(f"--out {args.out}: its folder does not exist")
     if not args.out.endswith(".npy"):
         p.error("--out must end in .npy")
     return args

@@ -52,6 +52,8 @@ def parse_args() -> argparse.Namespace:
     args = p.parse_args()
     if args.batch_size < 1 or args.workers < 0:
         p.error("-b starts at 1, -j at 0")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        p.error("--device cuda: this machine has no GPU that torch can use")
     if bool(args.captions) != bool(args.embeddings) or bool(args.class_captions) != bool(args.class_embeddings):
         p.error("--captions and --embeddings go together, and so do --class-captions and --class-embeddings")
     if (args.captions or args.class_captions) and len(args.data) > 1:

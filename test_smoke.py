@@ -634,6 +634,8 @@ class Captioning(Base):
         Image.new("RGB", (8, 8)).save(TMP / "hollow" / "full" / "a.png")
         self.refused("no valid file for the classes empty", "caption", *self.options("x.jsonl", "--data", TMP / "hollow"))
         self.refused("--data", "caption", *self.options("x.jsonl", "--data", TMP / "nowhere"))
+        self.refused("did you mean .*train", "caption", *self.options("x.jsonl", "--data", WORLD))
+        self.refused("2", "caption", *self.options("x.jsonl", "--prompt", "a {clas}"))
         self.refused("--model .*cannot load", "caption", *self.options("x.jsonl", "--model", TMP / "nowhere"))
 
     def test_preview(self):

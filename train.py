@@ -113,6 +113,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--resume", nargs="?", const=True, metavar="CHECKPOINT", help="continue from RUN/last.pt (from the start if there is none), or from the checkpoint that is named")
     args = p.parse_args(argv)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        p.error("--device cuda: this machine has no GPU that torch can use")
     if bool(args.captions) != bool(args.embeddings):
         p.error("--captions and --embeddings go together")
     if min(args.epochs, args.batch_size, args.repeated_aug, args.val_every) < 1 or args.workers < 0 or args.temperature <= 0 or args.align_weight < 0:
@@ -135,6 +137,8 @@ class Captions:
 
     def __init__(self, captions: str, embeddings: str, keys: list[str]):
         metadata = embeddings.removesuffix(".npy") + ".json"
+        if not os.path.exists(captions):
+            raise SystemExit(f"--captions {captions}: no such file: run caption.py first")
         try:
             self.identity = json.load(open(metadata, encoding="utf-8"))
             table = np.load(embeddings, mmap_mode="r")
@@ -318,8 +322,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
             args.mean, args.std = weights.transforms().mean, weights.transforms().std
             pretrained = torchvision.models.get_model(args.arch, weights=weights).state_dict()
         model = torchvision.models.get_model(args.arch, num_classes=num_classes, **kwargs)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"--arch {args.arch} cannot be built for --input-size {args.input_size}: {error}")
+    except (ValueError, AssertionError, OSError) as error:
+        raise SystemExit(f"--arch {args.arch} cannot be built for --input-size {args.input_size}, or its weights cannot be had: {error}")
     if args.pretrained:  # all but the layers whose shape depends on the number of classes, and heads that were not published
         own = model.state_dict()
         if "image_size" in kwargs:
@@ -613,7 +617,7 @@ def main() -> None:
         classes = [name for name in find_classes(train_folder)[0] if name != UNLABELED]
         strangers = set(find_classes(val_folder)[0]) - set(classes)
     except FileNotFoundError as error:
-        raise SystemExit(f"--data {args.data}: {error}")
+        raise SystemExit(f"--data {args.data} must hold train/ and val/ with class folders: {error}")
     if strangers:
         raise SystemExit(f"{val_folder} has {len(strangers)} class folder(s) that train/ has not, the first is '{min(strangers)}'")
     samples = list_samples(train_folder, classes)

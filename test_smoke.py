@@ -923,7 +923,7 @@ class Training(Base):
             self.refused("run embed.py again", "train", *train_options("x", "--captions", file))
 
     def test_missing_captions_and_bad_images(self):
-        world, keys = TMP / "holes", []
+        world = TMP / "holes"
         shutil.copytree(WORLD, world)
         broken = sorted((world / "train").rglob("*.png"))[3]
         broken.write_bytes(b"nothing")

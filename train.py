@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import difflib
 import hashlib
-import inspect
 import json
 import os
 import subprocess
@@ -309,7 +308,6 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     weights = torchvision.models.get_model_weights(args.arch).DEFAULT
     published_size = weights.transforms().crop_size[0]
     args.input_size = args.input_size or published_size
-    options = inspect.signature(torchvision.models.get_model_builder(args.arch)).parameters
     kwargs = {}
     if args.input_size != published_size and args.arch.startswith("vit_"):
         kwargs["image_size"] = args.input_size

@@ -1,6 +1,7 @@
 """The tests, and the method in miniature. Nothing but requirements.txt is needed, no network, no GPU.
 
     python test_smoke.py               # the tests (also: pytest test_smoke.py)
+    python test_smoke.py worlds [DIR]  # the data, toy MLLM and toy encoder of the README's tables
     python test_smoke.py demo [DIR]    # the main job on an embedded toy: pre-trains a little MLLM, captions, embeds, trains, evaluates
 
 The toy world: 64x64 images of a shape on a background. The class is colour and shape ("red_circle"); the caption also tells size,
@@ -16,6 +17,7 @@ import math
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -83,21 +85,34 @@ def draw(rng: random.Random, name: str) -> tuple[Image.Image, str]:
     return image, caption_of(color, shape, size, place, background)
 
 
-def draw_world(root: Path, per_class: int, val_per_class: int, wrong: float, seed: int = 0, classes: list[str] = CLASSES) -> dict[str, str]:
-    """root/{train,val}/<class>/*.png; a share `wrong` of the training images lies in another class's folder. {key: true caption} of train/."""
-    rng, captions = random.Random(seed), {}
-    for split, count in (("train", per_class), ("val", val_per_class)):
+def draw_world(root: Path, per_class: int, val_per_class: int, wrong: float, unlabeled: int = 0, classes: list[str] = CLASSES) -> dict[str, str]:
+    """root/{train,val}/<class>/*.png; a share `wrong` of the training images lies in another class's folder, `unlabeled` more per class
+    in train/_unlabeled. {key: true caption} of train/."""
+    rng, captions = random.Random(0), {}
+    for split, count in (("train", per_class), ("val", val_per_class), ("_unlabeled", unlabeled)):
         jobs = [name for name in classes for _ in range(count)]
         mislabelled = set(rng.sample(range(len(jobs)), round(wrong * len(jobs)))) if split == "train" else ()
-        for name in classes:
-            (root / split / name).mkdir(parents=True, exist_ok=True)
         for i, name in enumerate(jobs):
             image, caption = draw(rng, name)
             label = rng.choice([other for other in classes if other != name]) if i in mislabelled else name
-            image.save(root / split / label / f"{i:05d}.png")
-            if split == "train":
-                captions[f"{label}/{i:05d}.png"] = caption
+            key = f"{label if split != '_unlabeled' else split}/{i:05d}.png"
+            file = root / ("val" if split == "val" else "train") / key
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file)
+            if split != "val":
+                captions[key] = caption
     return captions
+
+
+def prepare(root: Path, **worlds: tuple) -> None:
+    """root/<name>/{train,val} for each name = (images per class, share of wrong labels, unlabelled images per class); root/mllm, root/encoder."""
+    for name, (per_class, wrong, unlabeled) in worlds.items():
+        draw_world(root / name, per_class, 40, wrong, unlabeled)
+        print(f"{root / name}: {len(CLASSES)} classes, {per_class} training images each, {wrong:.0%} of them with a wrong label, {unlabeled} without one; 40 validation images each, all right")
+    if not (root / "mllm" / "model.safetensors").exists():
+        save_mllm(root / "mllm", steps=2000)
+    if not (root / "encoder" / "model.safetensors").exists():
+        save_text_encoder(root / "encoder", steps=300)
 
 
 # ------------------------------------------------------------------------------------------- the toy's MLLM and encoder
@@ -211,7 +226,7 @@ def draw_curves(file: Path, runs: dict[str, Path]) -> None:
     image.save(file)
 
 
-def run_demo(root: Path, per_class: int = 40, wrong: float = 0.6, epochs: int = 30, steps: int = 2000) -> None:
+def run_demo(root: Path) -> None:
     began = time.time()
 
     def run(line: str) -> None:
@@ -222,28 +237,15 @@ def run_demo(root: Path, per_class: int = 40, wrong: float = 0.6, epochs: int = 
     def shown(path: Path) -> str:
         return shlex.quote(str(path))
 
-    root.mkdir(parents=True, exist_ok=True)
-    draw_world(root / "data", per_class, 40, wrong)
-    print(f"{root}/data: {len(CLASSES)} classes, {per_class * len(CLASSES)} training images, of which {wrong:.0%} have a wrong label; {40 * len(CLASSES)} validation images, all right")
-    if not (root / "mllm" / "model.safetensors").exists():
-        save_mllm(root / "mllm", steps)
-    if not (root / "encoder" / "model.safetensors").exists():
-        save_text_encoder(root / "encoder", steps=300)
+    prepare(root, data=(40, 0.6, 0))
     run(f"caption.py --data {shown(root / 'data/train')} --out {shown(root / 'captions.jsonl')} --model {shown(root / 'mllm')} --prompt '{PROMPT}' --max-new-tokens 16 --batch-size 64 -j 1")
     run(f"caption.py --data {shown(root / 'data/train')} --out {shown(root / 'captions.jsonl')} --preview {shown(root / 'captions.png')}")
-    lines = [json.loads(line) for line in (root / "captions.jsonl").open()]
-    texts = [line["caption"] for line in lines]
-    random.Random(0).shuffle(texts)
-    with (root / "shuffled.jsonl").open("w") as stream:  # the control: the same sentences, each under another image
-        stream.writelines(json.dumps(line | {"caption": text}) + "\n" for line, text in zip(lines, texts))
-    for name in ("captions", "shuffled"):
-        out = "embeddings" if name == "captions" else name
-        run(f"embed.py --captions {shown(root / name)}.jsonl --out {shown(root / out)}.npy --model {shown(root / 'encoder')}")
-    common = f"--data {shown(root / 'data')} --arch shufflenet_v2_x0_5 --input-size 64 --epochs {epochs} -b 50 --lr 0.1 --val-every 5 -j 1 --resume"
-    aligned = "--align-weight 2 --temperature 0.1"
+    run(f"embed.py --captions {shown(root / 'captions.jsonl')} --out {shown(root / 'embeddings.npy')} --model {shown(root / 'encoder')}")
+    common = f"--data {shown(root / 'data')} --arch shufflenet_v2_x0_5 --input-size 64 --epochs 30 -b 50 --lr 0.1 --val-every 5 -j 1 --resume"
+    aligned = f"--captions {shown(root / 'captions.jsonl')} --embeddings {shown(root / 'embeddings.npy')} --align-weight 2 --temperature 0.1"
     run(f"train.py {common} --out {shown(root / 'runs/baseline')}")
-    run(f"train.py {common} --out {shown(root / 'runs/aligned')} --captions {shown(root / 'captions.jsonl')} --embeddings {shown(root / 'embeddings.npy')} {aligned}")
-    run(f"train.py {common} --out {shown(root / 'runs/shuffled')} --captions {shown(root / 'shuffled.jsonl')} --embeddings {shown(root / 'shuffled.npy')} {aligned}")
+    run(f"train.py {common} --out {shown(root / 'runs/aligned')} {aligned}")
+    run(f"train.py {common} --out {shown(root / 'runs/shuffled')} {aligned} --shuffle-captions")
     run(f"evaluate.py --data {shown(root / 'data/val')} " + " ".join(shown(root / "runs" / name / "last.pt") for name in ("baseline", "aligned", "shuffled")))
     draw_curves(root / "curves.png", {name: root / "runs" / name for name in ("baseline", "aligned", "shuffled")})
     print(f"\nWritten under {root}: data/, mllm/, encoder/, captions.jsonl, captions.png, embeddings.npy, runs/*/log.jsonl, curves.png. {time.time() - began:.0f} s in all.")
@@ -537,19 +539,39 @@ class Captioning(Base):
                 self.assertFalse([caption for caption in found[0] if "describe the" in caption])
 
     def test_out_of_memory_is_halved(self):
+        """Down to one image; one that does not fit even alone costs itself only, and --retry-failed brings it back."""
         from caption import Describer
-        generate, sizes = Describer.generate, []
+        generate, seen = Describer.generate, []
 
         def small_memory(describer, inputs):
-            sizes.append(len(inputs["input_ids"]))
-            if sizes[-1] > 2:
+            seen.append(inputs["pixel_values"])
+            if len(seen[-1]) > 2 or any(torch.equal(row, seen[0][3]) for row in seen[-1]):
                 raise torch.OutOfMemoryError("no room")
             return generate(describer, inputs)
 
         with unittest.mock.patch.object(Describer, "generate", small_memory):
-            call("caption", *self.options("oom.jsonl", "--batch-size", 7))
-        self.assertIn(7, sizes)
-        self.assertEqual([line["caption"] for line in read_lines(TMP / "oom.jsonl")], [json.loads(line)["caption"] for line in self.whole.splitlines()])
+            printed = call("caption", *self.options("oom.jsonl", "--batch-size", 7))
+        want = [json.loads(line)["caption"] for line in self.whole.splitlines()]
+        self.assertEqual([line["caption"] for line in read_lines(TMP / "oom.jsonl")], want[:3] + want[4:])
+        self.assertIn("23 captions", printed)
+        self.assertIn("1 images failed, listed in", printed)
+        self.assertRegex(read_lines(TMP / "oom.jsonl.failed")[0]["error"], "out of memory")
+        for shard in "0/2", "1/2":
+            call("caption", *self.options("oom.jsonl", "--batch-size", 7, "--retry-failed", "--shard", shard))
+        self.assertEqual([line["caption"] for line in read_lines(TMP / "oom.jsonl")], want)
+        self.assertFalse((TMP / "oom.jsonl.failed").exists())
+
+    def test_full_disk(self):
+        def small_disk():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+        result = subprocess.run(command("caption", *self.options("full.jsonl")), capture_output=True, text=True, preexec_fn=small_disk)
+        self.assertEqual(result.returncode, 1)
+        self.assertRegex(result.stderr.splitlines()[-1], "File too large; what is complete on the disk stays: start the same command again")
+        self.assertNotIn("Traceback", result.stderr)
+        self.assertLess(lines_in(TMP / "full.jsonl"), 24)
+        call("caption", *self.options("full.jsonl"))
+        self.assertEqual((TMP / "full.jsonl").read_bytes(), self.whole)
 
     def test_several_prompts_and_samples(self):
         call("caption", *self.options("many.jsonl", "--prompt", "describe the {class}", "--num-captions", 2, "--temperature", 1.0, "--limit", 3))
@@ -1058,5 +1080,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["demo"]:
         run_demo(Path(sys.argv[2] if len(sys.argv) > 2 else "demo"))
+    elif sys.argv[1:2] == ["worlds"]:
+        prepare(Path(sys.argv[2] if len(sys.argv) > 2 else "toy"), clean=(20, 0.0, 0), noisy=(40, 0.6, 0), few=(10, 0.0, 50))
     else:
         main()

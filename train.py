@@ -100,6 +100,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--align-loss", default="clip", choices=["clip", "infonce", "cosine"], help="default: clip, the paper's")
     p.add_argument("--align-targets", default="one-hot", choices=["one-hot", "class"], help="class: all captions of an image's class are positives; default: one-hot, the paper's")
     p.add_argument("--projection", default="mlp", choices=["mlp", "linear"], help="the head h; default: mlp")
+    p.add_argument("--shuffle-captions", action="store_true", help="the control: every image gets the caption of another, drawn with --seed")
     p.add_argument("--text-adapter", default="none", choices=["none", "mlp"], help="mlp: LLM2CLIP's trained adapter on the frozen text side")
     p.add_argument("--learn-temperature", action="store_true", help="train tau, as CLIP does")
     p.add_argument("--mix-text", action=argparse.BooleanOptionalAction, default=True, help="a mixed image is aligned with both captions; off: with its own only, as in the official code")
@@ -134,7 +135,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 class Captions:
     """Which rows of embeddings.npy belong to which image, by the image's key; the array itself stays on the disk."""
 
-    def __init__(self, captions: str, embeddings: str, keys: list[str]):
+    def __init__(self, captions: str, embeddings: str, keys: list[str], shuffle: int | None = None):
         metadata = embeddings.removesuffix(".npy") + ".json"
         if not os.path.exists(captions):
             raise SystemExit(f"--captions {captions}: no such file: run caption.py first")
@@ -158,6 +159,8 @@ class Captions:
         self.rows = np.argsort(owner, kind="stable")[self.foreign:]  # rows grouped by image ...
         self.ends = np.cumsum(np.bincount(owner[owner >= 0], minlength=len(keys)))  # ... those of image i end here
         self.file, self.width, self.table = embeddings, table.shape[1], None
+        if shuffle is not None:
+            self.rows = np.random.default_rng(shuffle).permutation(self.rows)
 
     def count(self, image: int) -> int:
         return int(self.ends[image] - (self.ends[image - 1] if image else 0))
@@ -624,7 +627,7 @@ def main() -> None:
     if unlabelled and not args.embeddings:
         raise SystemExit(f"train/{UNLABELED} holds {len(unlabelled)} images, which only alignment can use: pass --captions and --embeddings, or move it away")
     samples += unlabelled
-    captions = Captions(args.captions, args.embeddings, [key_of(path, train_folder) for path, _ in samples]) if args.embeddings else None
+    captions = Captions(args.captions, args.embeddings, [key_of(path, train_folder) for path, _ in samples], args.seed if args.shuffle_captions else None) if args.embeddings else None
     if len(samples) < args.batch_size * world:
         raise SystemExit(f"{len(samples)} training images do not fill one batch of {args.batch_size} x {world} processes: use a smaller -b")
     torch.manual_seed(args.seed)

@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily; default: 0")
     p.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling, with --temperature; default: 1")
     p.add_argument("--seed", type=int, default=0, help="of the sampling and of --preview's choice of images; default: 0")
-    p.add_argument("-j", "--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that prepare images ahead of the model; default: 4, at most the CPU cores")
+    p.add_argument("-j", "--workers", type=int, default=max(1, min(4, (os.cpu_count() or 1) - 1)), help="processes that prepare images ahead of the model; default: 4, but a CPU core less than there are")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights; auto: as they were saved; default: auto")
     p.add_argument("--revision", default="main", help="branch, tag or commit of a hub model; default: main")
@@ -380,7 +380,9 @@ def read_published(file: str, keys: list[str]) -> list[tuple[str, str]]:
                 (columns, *rows) = ([cell.strip().lower() for cell in next(csv.reader(stream), [])], *csv.reader(stream))
         else:
             rows = torch.load(file, weights_only=True) if file.endswith((".pth", ".pt")) else open(file, encoding="utf-8", errors="replace").read().removesuffix("\n").split("\n")
-    except (OSError, pickle.UnpicklingError, RuntimeError, csv.Error) as error:
+    except pickle.UnpicklingError:
+        raise SystemExit(f"--import {file}: not a plain list of strings; it holds objects whose loading could run code, so it is not loaded")
+    except (OSError, RuntimeError, csv.Error) as error:
         raise SystemExit(f"--import {file}: {first_line(error)}")
     if not file.endswith(".csv"):
         if not isinstance(rows, list) or not all(isinstance(row, str) for row in rows):

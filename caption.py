@@ -76,6 +76,7 @@ def parse_args() -> argparse.Namespace:
     for wrong, sentence in (
             (args.preview and not args.preview.endswith((".png", ".jpg")), "--preview takes a .png or .jpg file"),
             (args.device.startswith("cuda") and not torch.cuda.is_available(), "--device cuda: this machine has no GPU that torch can use"),
+            (args.model.startswith((".", "/")) and not os.path.isdir(args.model), f"--model {args.model}: there is no such folder"),
             (not os.path.isdir(os.path.dirname(args.out) or "."), f"--out {args.out}: its folder does not exist"),
             (unknown, f"--prompt: {unknown[:1]} is not known, only {{class}} is"),
             (args.num_captions > 1 and args.temperature <= 0, "--num-captions above 1 needs --temperature above 0: greedy decoding gives the same caption every time"),

@@ -31,11 +31,11 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # small, fast, the most used sentence encoder there is
-POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last",  # older files name
-            "pooling_mode_max_tokens": "max", "pooling_mode_weightedmean_tokens": "weightedmean", "lasttoken": "last",  # them one way,
-            "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens"}                                               # newer another
+POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last", "lasttoken": "last",
+            "pooling_mode_max_tokens": "max", "pooling_mode_weightedmean_tokens": "weightedmean"}  # sentence-transformers' older and newer names
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,14 +61,14 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model: only if you have read it")
     args = p.parse_args()
     args.batch_tokens = args.batch_tokens or (32768 if args.device.startswith("cuda") else 1024)
-    if min(args.batch_size, args.batch_tokens) < 1 or (args.max_length is not None and args.max_length < 3):
-        p.error("--batch-size and --batch-tokens start at 1, --max-length at 3")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        p.error("--device cuda: this machine has no GPU that torch can use")
-    if not os.path.isdir(os.path.dirname(args.out) or "."):
-        p.error(f"--out {args.out}: its folder does not exist")
-    if not args.out.endswith(".npy"):
-        p.error("--out must end in .npy")
+    for wrong, sentence in (
+            (min(args.batch_size, args.batch_tokens, (args.max_length or 3) - 2, args.tune_batch) < 1 or args.max_length == 0, "--batch-size, --batch-tokens and --tune-batch start at 1, --max-length at 3"),
+            (args.device.startswith("cuda") and not torch.cuda.is_available(), "--device cuda: this machine has no GPU that torch can use"),
+            (not os.path.isdir(os.path.dirname(args.out) or ".") or not args.out.endswith(".npy"), f"--out {args.out}: a name that ends in .npy, in a folder that exists"),
+            (args.model.startswith((".", "/")) and not os.path.isdir(args.model), f"--model {args.model}: there is no such folder"),
+            (args.tune_epochs and "WORLD_SIZE" in os.environ, "--tune-epochs runs in one process: tune first, then embed with torchrun and --model DIR")):
+        if wrong:
+            p.error(sentence)
     return args
 
 
@@ -95,7 +95,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         source = dict(revision=args.revision, trust_remote_code=args.trust_remote_code)
         self.poolings, self.include_prompt, self.prompt_tokens, self.dense = ("mean",), True, 0, nn.ModuleList()
-        modules, lower, limit, where = read_json(args, "modules.json"), False, None, {}
+        modules, self.lower, limit, where = read_json(args, "modules.json"), False, None, {}
         prompts = read_json(args, "config_sentence_transformers.json") or {}
         self.prefix = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name")) or ""
         for module in modules or []:
@@ -104,7 +104,7 @@ class TextEncoder(nn.Module):
             if kind == "Transformer":
                 where = {"subfolder": path} if path else {}
                 settings = read_json(args, f"{path}/sentence_bert_config.json" if path else "sentence_bert_config.json") or {}
-                lower, limit = settings.get("do_lower_case", False), settings.get("max_seq_length")
+                self.lower, limit = settings.get("do_lower_case", False), settings.get("max_seq_length")
             elif kind == "Pooling":
                 modes = config.get("pooling_mode") or [key for key, on in config.items() if key in POOLINGS and on is True]
                 modes = [modes] if isinstance(modes, str) else modes
@@ -113,6 +113,7 @@ class TextEncoder(nn.Module):
                 self.dense.append(self.load_dense(args, path, config))
             elif kind != "Normalize":
                 raise SystemExit(f"--model {args.model}: its sentence-transformers module {module['type']} is not supported here: use a model of Transformer, Pooling, Dense and Normalize modules")
+        transformers_logging.set_verbosity_error()  # its report of missing weights; the ones that matter are refused below
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(args.model, **where, **source)
             config = AutoConfig.from_pretrained(args.model, **where, **source)
@@ -128,9 +129,7 @@ class TextEncoder(nn.Module):
         if args.pooling != "auto":
             self.poolings, self.clip = (args.pooling,), False
         self.prefix = self.prefix if args.prefix is None else args.prefix
-        self.lower = lower
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         if self.prefix and not self.include_prompt:  # the same count as sentence-transformers: without a closing special token
             ids = self.tokenizer(self.prefix)["input_ids"]
             self.prompt_tokens = len(ids) - (ids[-1] in self.tokenizer.all_special_ids)
@@ -168,9 +167,8 @@ class TextEncoder(nn.Module):
         keep = (mask * (torch.arange(ids.shape[1], device=ids.device) >= self.prompt_tokens)).float()[..., None]  # [B, T, 1]
         pooled = []
         for pooling in self.poolings:
-            if pooling in ("mean", "mean_sqrt_len_tokens"):
-                count = keep.sum(1).clamp(min=1e-9)
-                pooled.append((states * keep).sum(1) / (count if pooling == "mean" else count.sqrt()))
+            if pooling == "mean":
+                pooled.append((states * keep).sum(1) / keep.sum(1).clamp(min=1e-9))
             elif pooling == "weightedmean":
                 weights = keep * torch.arange(1, ids.shape[1] + 1, device=ids.device)[None, :, None]
                 pooled.append((states * weights).sum(1) / weights.sum(1).clamp(min=1e-9))
@@ -304,18 +302,17 @@ def tune(encoder: TextEncoder, args: argparse.Namespace, device: torch.device) -
 
 def read_captions(file: str):
     """Yield the captions of a jsonl file in order; a line without one is an error that names it."""
+    number = 0
     try:
         with open(file, "rb") as stream:
             for number, line in enumerate(stream, 1):
-                try:
-                    caption = json.loads(line)["caption"]
-                    if not isinstance(caption, str):
-                        raise ValueError("the caption is not a string")
-                except (ValueError, KeyError, TypeError) as error:
-                    raise SystemExit(f"{file}, line {number}: no JSON object with a \"caption\" ({error!r}): is caption.py still running, or was it killed? Run it again")
-                yield caption.encode("utf-8", "replace").decode()  # lone surrogates would stop the tokenizer
+                yield json.loads(line)["caption"].encode("utf-8", "replace").decode()  # lone surrogates would stop the tokenizer
     except OSError as error:
         raise SystemExit(f"--captions {file}: {error.strerror}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SystemExit(f"{file}, line {number}: no JSON object with a \"caption\" ({error!r}): not a file of caption.py, or one that it has not finished")
+    if not number:
+        raise SystemExit(f"{file} is empty: run caption.py first")
 
 
 def sha256(file: str) -> str:
@@ -331,7 +328,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def write_tokens(encoder: TextEncoder, captions: str, file: str, quiet: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def write_tokens(encoder: TextEncoder, captions: str, file: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokenise all captions into `file` (int32, one after the other): lengths [N], uncut lengths [N], 128-bit hashes [N]."""
     lengths, uncut, hashes, chunk = [], [], [], []
 
@@ -345,14 +342,12 @@ def write_tokens(encoder: TextEncoder, captions: str, file: str, quiet: bool) ->
         chunk.clear()
 
     with open(file, "wb") as stream:
-        for caption in tqdm(read_captions(captions), unit="caption", desc="tokenise", disable=quiet):
+        for caption in tqdm(read_captions(captions), unit="caption", desc="tokenise"):
             chunk.append(caption)
             if len(chunk) == 4096:
                 flush()
         if chunk:
             flush()
-    if not lengths:
-        raise SystemExit(f"{captions} is empty: run caption.py first")
     return np.concatenate(lengths), np.concatenate(uncut), np.concatenate(hashes)
 
 
@@ -379,8 +374,6 @@ def main() -> None:
     identity = {"captions": os.path.basename(args.captions), "captions_sha256": sha256(args.captions)}
     encoder = TextEncoder(args).to(device).eval()
     if args.tune_epochs:
-        if world > 1:
-            raise SystemExit("--tune-epochs runs in one process: tune first, then embed with torchrun and --model DIR")
         tune(encoder, args, device)
         args.model, args.revision, args.prefix = args.tuned_out, "main", None
         del encoder
@@ -393,8 +386,10 @@ def main() -> None:
         if {key: known.get(key) for key in identity} == identity:
             return print(f"{args.out}: nothing to do, it holds these captions' embeddings already") if rank == 0 else None
 
-    tokens = f"{temporary}.tokens-{rank}"
-    lengths, uncut, hashes = write_tokens(encoder, args.captions, tokens, quiet=rank > 0)
+    index = [write_tokens(encoder, args.captions, temporary + ".tokens") if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(index)
+    lengths, uncut, hashes = index.pop()
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)[:-1]])
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)  # equal captions are encoded once
     order = np.lexsort((first, -lengths[first]))  # unique captions, longest first, then in the file's order
@@ -433,13 +428,13 @@ def main() -> None:
         done[batch] = 1  # after its rows: a kill in between repeats the batch
         bar.update(len(unique))
 
-    pending = None  # the batch before: its vectors are fetched while the GPU works on the next one
-    with open(tokens, "rb") as stream, torch.inference_mode(), autocast:
+    pending, tokens = None, np.memmap(temporary + ".tokens", np.int32, "r")  # pending: the batch before, fetched while the GPU works on the next one
+    with torch.inference_mode(), autocast:
         for batch in todo:
             captions = first[order[slice(*batches[batch])]]
             ids = np.full((len(captions), lengths[captions[0]]), padding, np.int64)
             for row, c in zip(ids, captions):
-                row[:lengths[c]] = np.frombuffer(os.pread(stream.fileno(), 4 * int(lengths[c]), 4 * int(offsets[c])), np.int32)
+                row[:lengths[c]] = tokens[offsets[c]:offsets[c] + lengths[c]]
             mask = None if lengths[captions[-1]] == ids.shape[1] else torch.from_numpy((np.arange(ids.shape[1]) < lengths[captions][:, None]).astype(np.int64)).to(device, non_blocking=True)
             vectors = encoder(torch.from_numpy(ids).to(device, non_blocking=True), mask)
             if pending:
@@ -448,7 +443,6 @@ def main() -> None:
         if pending:
             store(*pending)
     bar.close()
-    os.remove(tokens)
     rows.flush()
     if world > 1:
         dist.barrier()
@@ -460,8 +454,8 @@ def main() -> None:
             os.remove(metadata)  # in this order: at no moment does a metadata file describe another array
         os.replace(temporary, args.out)
         os.replace(temporary + ".json", metadata)
-        os.remove(temporary + ".done")
-        os.remove(temporary + ".plan")
+        for suffix in (".done", ".plan", ".tokens"):
+            os.remove(temporary + suffix)
         cut = uncut[uncut > encoder.max_length]
         print(f"{args.out}: {len(lengths)} x {width} {args.out_dtype}, {len(first)} different captions, {count / max(seconds, 1e-9) * world:.0f} captions/s; {len(cut)} captions were cut at "
               f"{encoder.max_length} tokens" + (f", by {int(np.median(cut - encoder.max_length))} at the median" if len(cut) else ""))

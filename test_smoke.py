@@ -363,10 +363,13 @@ def read_lines(file: Path) -> list[dict]:
 
 
 def call(script: str, *options) -> str:
-    """Run a script's main() in this process (saves the seconds of importing torch); what it printed. SystemExit passes through."""
-    module, printed = importlib.import_module(script), io.StringIO()
-    with unittest.mock.patch.object(sys, "argv", [script, *map(str, options)]), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-        module.main()
+    """Run a script's main() in this process (saves the seconds of importing torch); what it printed. SystemExit passes through, with its sentence."""
+    module, printed, errors = importlib.import_module(script), io.StringIO(), io.StringIO()
+    try:
+        with unittest.mock.patch.object(sys, "argv", [script, *map(str, options)]), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+            module.main()
+    except SystemExit as end:
+        raise SystemExit(errors.getvalue().splitlines()[-1] if end.code == 2 else end.code)  # 2: argparse has printed its sentence
     return printed.getvalue()
 
 
@@ -579,7 +582,7 @@ class Captioning(Base):
         lines = read_lines(TMP / "many.jsonl")
         self.assertEqual([line["prompt"] for line in lines], [PROMPT, PROMPT, "describe the {class}", "describe the {class}"] * 3)
         self.assertEqual((TMP / "many.jsonl").read_bytes(), (TMP / "many2.jsonl").read_bytes())
-        self.refused("2", "caption", *self.options("many3.jsonl", "--num-captions", 2))
+        self.refused("needs --temperature above 0", "caption", *self.options("many3.jsonl", "--num-captions", 2))
 
     def test_images_of_all_kinds(self):
         folder = TMP / "zoo" / "thing"
@@ -657,8 +660,9 @@ class Captioning(Base):
         self.refused("no valid file for the classes empty", "caption", *self.options("x.jsonl", "--data", TMP / "hollow"))
         self.refused("--data", "caption", *self.options("x.jsonl", "--data", TMP / "nowhere"))
         self.refused("did you mean .*train", "caption", *self.options("x.jsonl", "--data", WORLD))
-        self.refused("2", "caption", *self.options("x.jsonl", "--prompt", "a {clas}"))
-        self.refused("--model .*cannot load", "caption", *self.options("x.jsonl", "--model", TMP / "nowhere"))
+        self.refused("{clas}.* is not known", "caption", *self.options("x.jsonl", "--prompt", "a {clas}"))
+        self.refused("no such folder", "caption", *self.options("x.jsonl", "--model", TMP / "nowhere"))
+        self.refused("--model .*cannot load", "caption", *self.options("x.jsonl", "--model", TMP))
 
     def test_preview(self):
         call("caption", *self.options("x.jsonl", "--preview", TMP / "sheet.png"))
@@ -770,7 +774,10 @@ class Embedding(Base):
         bad.write_text('{"image": "a", "caption": "b"}\n{"image": "a"}\n')
         self.refused("line 2", "embed", "--captions", bad, "--out", TMP / "x.npy", "--model", ENCODER)
         self.refused("No such file", "embed", "--captions", TMP / "nowhere.jsonl", "--out", TMP / "x.npy", "--model", ENCODER)
-        self.refused("cannot load", "embed", "--captions", CAPTIONS, "--out", TMP / "x.npy", "--model", TMP / "nowhere")
+        self.refused("no such folder", "embed", "--captions", CAPTIONS, "--out", TMP / "x.npy", "--model", TMP / "nowhere")
+        self.refused("cannot load", "embed", "--captions", CAPTIONS, "--out", TMP / "x.npy", "--model", TMP)
+        bad.write_text("")
+        self.refused("is empty", "embed", "--captions", bad, "--out", TMP / "x.npy", "--model", ENCODER)
 
 
 def loop_loss(kind, images, texts, has, temperature, mixing=None, labels=None) -> float:

@@ -13,8 +13,9 @@ Launch:
     python caption.py --data imagenet/train --preview captions.png       # look at twelve captions before paying for all
 
 Kill it at any moment and run the same line again: it goes on where it stopped. The unit of work is a batch, always the
-same images of the folder's order; whoever generates it (any number of processes, restarted any number of times), greedy
-decoding gives the same file. From GPT4Image (arXiv 2306.00693), section "describe"; the file's contract is in the README.
+same images of the folder's order; whoever generates it (any number of processes on the same hardware, restarted any number
+of times), greedy decoding gives the same file. While several processes run, each appends to FILE.jsonl.part-I-of-N; an image that fails
+is a line with "error" until all is done. From GPT4Image (arXiv 2306.00693), section "describe"; the file's contract is in the README.
 """
 import argparse
 import collections
@@ -32,6 +33,7 @@ import random
 import re
 import textwrap
 import time
+import zlib
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -59,14 +61,14 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily; default: 0")
     p.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling, with --temperature; default: 1")
     p.add_argument("--seed", type=int, default=0, help="of the sampling and of --preview's choice of images; default: 0")
-    p.add_argument("-j", "--workers", type=int, default=max(1, min(4, (os.cpu_count() or 1) - 1)), help="processes that prepare images ahead of the model; default: 4, but a CPU core less than there are")
+    p.add_argument("-j", "--workers", type=int, default=max(1, min(4, (os.cpu_count() or 1) - 1)), help="processes, for each GPU, that prepare images ahead of the model; default: CPU cores - 1, at most 4")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights; auto: as they were saved; default: auto")
     p.add_argument("--revision", default="main", help="branch, tag or commit of a hub model; default: main")
     p.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model: only if you have read it")
-    p.add_argument("--limit", type=int, help="only the first N images of the folder's order")
-    p.add_argument("--retry-failed", action="store_true", help="describe the images of the .failed list again (after you repaired them)")
-    p.add_argument("--shard", default="0/1", help="I/N: caption part I (from 0) of N; the part that finishes last writes --out")
+    p.add_argument("--limit", type=int, help="describe only the first N images of the folder's order")
+    p.add_argument("--retry-failed", action="store_true", help="do the batches again in which images failed (after you repaired them)")
+    p.add_argument("--shard", default="0/1", help="I/N: caption part I (from 0) of N; the part that finishes last writes --out; torchrun splits a part further")
     p.add_argument("--import", dest="import_file", metavar="FILE", help="captions that exist: .pth or .txt in the folder's order, or .csv with a path and a caption column")
     p.add_argument("--preview", metavar="PNG", help="caption twelve random images, draw them on one sheet, and stop")
     args = p.parse_args()
@@ -75,6 +77,8 @@ def parse_args() -> argparse.Namespace:
     unknown = [name for prompt in args.prompt for name in re.findall(r"{\w*}", prompt) if name != "{class}"]
     for wrong, sentence in (
             (args.preview and not args.preview.endswith((".png", ".jpg")), "--preview takes a .png or .jpg file"),
+            (args.import_file and not args.import_file.endswith((".pth", ".pt", ".txt", ".csv")), "--import takes a .pth, .txt or .csv file"),
+            (args.temperature < 0 or not 0 < args.top_p <= 1, "--temperature starts at 0, --top-p lies between 0 and 1"),
             (args.device.startswith("cuda") and not torch.cuda.is_available(), "--device cuda: this machine has no GPU that torch can use"),
             (args.model.startswith((".", "/")) and not os.path.isdir(args.model), f"--model {args.model}: there is no such folder"),
             (not os.path.isdir(os.path.dirname(args.out) or "."), f"--out {args.out}: its folder does not exist"),
@@ -86,6 +90,10 @@ def parse_args() -> argparse.Namespace:
             p.error(sentence)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun, if each task of an array uses it
     args.shard, args.shards, args.lead = int(shard) * world + rank, int(shards) * world, rank == 0
+    if args.shards > 1 and (args.retry_failed or args.preview):
+        p.error("--retry-failed and --preview run in one process")
+    if args.preview and (args.import_file or args.model == "template"):
+        p.error("--preview shows what a model says: leave out --import and --model template")
     return args
 
 
@@ -114,7 +122,7 @@ def read_class_names(file: str | None, folders: list[str]) -> dict[str, str]:
         raise SystemExit(f"--class-names {file}: {error}")
     if missing := [folder for folder in folders if folder not in names]:
         raise SystemExit(f"--class-names {file} has no name for {len(missing)} class folder(s), the first is '{missing[0]}'")
-    return {folder: names[folder].split(",")[0].strip() for folder in folders}  # "goldfish, Carassius auratus" -> "goldfish"
+    return {folder: str(names[folder]).split(",")[0].strip() for folder in folders}  # "goldfish, Carassius auratus" -> "goldfish"
 
 
 def load_image(path: str) -> Image.Image:
@@ -147,7 +155,7 @@ class Describer:
             if not self.takes_text:
                 self.processor = AutoImageProcessor.from_pretrained(args.model, **source)
             self.model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=args.dtype, **source).to(args.device).eval()
-        except (ImportError, OSError, ValueError) as error:  # some kinds need one more package, and say so
+        except (ImportError, OSError, ValueError, torch.OutOfMemoryError) as error:  # some kinds need one more package, and say so
             raise SystemExit(f"--model {args.model}: cannot load it: {first_line(error)}")
         self.chat = bool(getattr(self.processor, "chat_template", None))
         self.tokenizer.padding_side = "left"  # new tokens must follow the prompt directly
@@ -158,7 +166,7 @@ class Describer:
             raise SystemExit(f"--model {args.model} takes no text: pass --prompt ''")
         try:  # a prompt that this model does not understand shows here, not after a million failed images
             for prompt in args.prompt:
-                self.encode([Image.new("RGB", (224, 224))] * 2, [prompt.replace("{class}", "thing"), prompt])
+                self.encode([Image.new("RGB", (224, 224)), Image.new("RGB", (300, 200))], [prompt.replace("{class}", "thing"), prompt])
         except Exception as error:
             raise SystemExit(f"--model {args.model} cannot take --prompt {prompt!r}: {first_line(error)}")
 
@@ -177,7 +185,7 @@ class Describer:
         encoded = []
         for prompt in dict.fromkeys(prompts):
             positions = [i for i, own in enumerate(prompts) if own == prompt]
-            # where the image has its tokens in the text, there must be a text, if an empty one
+            # a processor with an image token (BLIP-2, Florence-2) puts the image into the text: there must be one, if an empty one
             text = {"text": [prompt] * len(positions)} if prompt or hasattr(self.processor, "image_token") else {}
             encoded.append((positions, dict(self.processor(images=[images[i] for i in positions], return_tensors="pt", **text))))
         return encoded
@@ -196,8 +204,9 @@ class Describer:
             if image_token is not None and not (prompt == image_token).any(1).all():
                 raise SystemExit(f"--model {args.model}: its processor puts no image into the prompt, the captions would be made up")
             ends = torch.tensor([i for i in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id) if i is not None], device=prompt.device)
+            # GIT's tokenizer closes the prompt, and nothing would follow; models with a generate of their own take care of that themselves
             if type(model).generate is GenerationMixin.generate and not model.config.is_encoder_decoder and torch.isin(prompt[:, -1], ends).all():
-                inputs = {name: value[:, :-1] if value.shape == prompt.shape else value for name, value in inputs.items()}  # GIT: a prompt that is to go on
+                inputs = {name: value[:, :-1] if value.shape == prompt.shape else value for name, value in inputs.items()}
                 prompt = prompt[:, :-1]
         how = dict(do_sample=False) if args.temperature <= 0 else dict(do_sample=True, temperature=args.temperature, top_p=args.top_p, top_k=0)
         tokens = model.generate(**inputs, **how, num_beams=1, max_new_tokens=args.max_new_tokens, num_return_sequences=args.num_captions)
@@ -260,17 +269,20 @@ class Batches(Dataset):
         return self.todo[item], *self.read(list(images_of(self.todo[item], self.args.batch_size, len(self.keys))))
 
     def describe(self, requests: list, captions: dict[tuple[int, int], list[str]], errors: dict[int, str], timer: collections.Counter) -> None:
-        """Fill captions[image index, prompt's number]; a batch that does not fit into memory is halved and tried again."""
+        """Fill captions[image index, prompt's number]; a batch that does not fit into memory, or holds an image that the model cannot
+        take, is halved and tried again, until that image is alone in `errors`."""
         for number, indices, inputs in requests:
-            start, texts = time.perf_counter(), None
-            with contextlib.suppress(torch.OutOfMemoryError):
+            start, problem = time.perf_counter(), None
+            try:
                 texts, new_tokens = self.describer.generate(inputs)
+            except (torch.OutOfMemoryError, ValueError, IndexError) as error:
+                problem = first_line(error)
             timer["generate"] += time.perf_counter() - start
-            if texts is not None:
+            if not problem:
                 timer["tokens"] += new_tokens
                 captions |= {(i, number): texts[row * self.args.num_captions:][:self.args.num_captions] for row, i in enumerate(indices)}
             elif len(indices) == 1:
-                errors[indices[0]] = "out of memory, even alone"
+                errors[indices[0]] = problem
             else:
                 torch.cuda.empty_cache()
                 for half in (indices[:len(indices) // 2], indices[len(indices) // 2:]):
@@ -286,42 +298,50 @@ def read_lines(file: str):
     end = 0
     with contextlib.suppress(FileNotFoundError), open(file, "rb") as stream:
         for number, raw in enumerate(stream, 1):
+            if not raw.endswith(b"\n"):
+                return
             start, end = end, end + len(raw)
-            if raw.endswith(b"\n"):
-                try:
-                    yield start, end, json.loads(raw)
-                except ValueError as error:
-                    raise SystemExit(f"{file}, line {number}: not a JSON object ({error}): repair or remove that line")
+            try:
+                line = json.loads(raw)
+                line["image"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise SystemExit(f"{file}, line {number}: no JSON object with an \"image\" ({error!r}): repair or remove that line")
+            yield start, end, line
 
 
-def scan(args: argparse.Namespace, keys: list[str], settings: str, own: str) -> tuple[dict, dict, set, int]:
-    """What is on the disk: {batch: (file, first byte, end byte)}, {image index: error}, the batches that are done, and where in
-    the file `own` the last whole batch ends. A batch is whole when each of its images has all its captions, or an error."""
-    index, per_image, places, own_end = {key: i for i, key in enumerate(keys)}, len(args.prompt) * args.num_captions, {}, 0
-    errors = {} if args.retry_failed else {index[line["image"]]: line["error"] for _, _, line in read_lines(args.out + ".failed") if line["image"] in index}
+def scan(args: argparse.Namespace, keys: list[str], settings: str, retry: bool = False) -> tuple[dict, dict[int, str], set[int]]:
+    """What is on the disk: {batch: (file, first byte, end byte)}, {image index: error}, and which batches are done.
 
-    def batch_of(entry: tuple[int, int, dict]) -> int:
-        line = entry[2]
-        if line["image"] not in index:
-            raise SystemExit(f"{file} describes '{line['image']}', which is not in --data {args.data}: choose another --out")
-        for name, known in (("model", [args.model]), ("prompt", args.prompt), ("settings", [settings])) if "error" not in line else ():
-            if line.get(name) not in known:
-                raise SystemExit(f"{file} was begun with {name} {line.get(name)!r}, this run has {known[-1]!r}: choose another --out, or move that file away")
-        return index[line["image"]] // args.batch_size
-
-    for file in (args.out, *find_parts(args.out)):
-        for batch, group in itertools.groupby(read_lines(file), batch_of):
+    A batch is whole when each of its images has all its captions or an error (`retry`: errors do not count). Of several copies the one
+    with most captions counts. Parts are read before --out: another process that merges them just now writes --out first.
+    """
+    index, per_image, places, most, partial = {key: i for i, key in enumerate(keys)}, len(args.prompt) * args.num_captions, {}, {}, collections.Counter()
+    files, errors = [*find_parts(args.out), args.out], {}
+    if not retry and any(map(os.path.exists, files)):
+        errors = {index[line["image"]]: line["error"] for _, _, line in read_lines(args.out + ".failed") if line["image"] in index}
+    for file in files:
+        for batch, group in itertools.groupby(read_lines(file), lambda entry: index.get(entry[2]["image"], -1) // args.batch_size):
             group = list(group)
-            failed = {index[line["image"]]: line["error"] for _, _, line in group if "error" in line and not args.retry_failed}
-            captions = collections.Counter(index[line["image"]] for _, _, line in group if "caption" in line)
-            if all(captions[i] == per_image or i in failed or i in errors for i in images_of(batch, args.batch_size, args.limit)):
-                places[batch] = file, group[0][0], group[-1][1]
-                for i in errors.keys() & captions:
-                    del errors[i]  # it was repaired since
-                errors |= failed
-                own_end = group[-1][1] if file == own else own_end
+            for _, _, line in group:
+                if line["image"] not in index:
+                    raise SystemExit(f"{file} describes '{line['image']}', which is not in --data {args.data}: choose another --out")
+                for name, known in (("model", [args.model]), ("prompt", args.prompt), ("settings", [settings])):
+                    if line.get(name) not in known and "error" not in line:
+                        raise SystemExit(f"{file} was begun with {name} {line.get(name)!r}, this run has {known[-1]!r}: choose another --out, or move that file away")
+            failed = {index[line["image"]]: line["error"] for _, _, line in group if "error" in line and not retry}
+            count = collections.Counter(index[line["image"]] for _, _, line in group if "caption" in line)
+            wanted = images_of(batch, args.batch_size, args.limit) or images_of(batch, args.batch_size, len(keys))
+            if not all(count[i] == per_image or i in failed or i in errors for i in wanted):
+                partial[file] += 1
+                continue
+            partial[file] = 0
+            if count.total() > most.get(batch, -1):
+                most[batch], places[batch] = count.total(), (file, group[0][0], group[-1][1])
+                errors = {i: error for i, error in errors.items() if count[i] < per_image} | failed
+        if partial[file] > 2:  # a kill leaves one at the end
+            raise SystemExit(f"{file}: its last {partial[file]} batches lack captions: were images added to --data, or was it edited? Choose another --out, or move that file away")
     done = {b for b in range(math.ceil(args.limit / args.batch_size)) if b in places or all(i in errors for i in images_of(b, args.batch_size, args.limit))}
-    return places, errors, done, own_end
+    return places, errors, done
 
 
 def find_parts(out: str) -> list[str]:
@@ -330,18 +350,17 @@ def find_parts(out: str) -> list[str]:
 
 def merge(args: argparse.Namespace, keys: list[str], places: dict, errors: dict[int, str]) -> None:
     """Put all captions into --out in the folder's order, all errors into .failed; the parts are removed when these are complete."""
-    parts, temporary = find_parts(args.out), f"{args.out}.tmp-{os.getpid()}"
+    parts, temporary = find_parts(args.out), f"{args.out}.tmp-{args.shard}-of-{args.shards}"
     with contextlib.ExitStack() as stack:
-        sources = {file: stack.enter_context(open(file, "rb")) for file, _, _ in places.values()}
+        sources = {file: stack.enter_context(open(file, "rb")) for file in {file for file, _, _ in places.values()}}
         merged = stack.enter_context(open(temporary, "wb"))
         for _, (file, start, end) in sorted(places.items()):
             sources[file].seek(start)
             merged.writelines(line for line in sources[file].read(end - start).splitlines(True) if "caption" in json.loads(line))
-    if errors:
-        write_lines(temporary + ".failed", [{"image": keys[i], "error": error} for i, error in sorted(errors.items())])
-        os.replace(temporary + ".failed", args.out + ".failed")
+    write_lines(temporary + ".failed", [{"image": keys[i], "error": error} for i, error in sorted(errors.items())])
+    os.replace(temporary + ".failed", args.out + ".failed")
     os.replace(temporary, args.out)
-    for file in parts + [args.out + ".failed"] * (not errors):
+    for file in [*parts, *[args.out + ".failed"] * (not errors)]:
         with contextlib.suppress(FileNotFoundError):
             os.remove(file)
 
@@ -376,14 +395,14 @@ def read_published(file: str, keys: list[str]) -> list[tuple[str, str]]:
     """[(image key, caption)] from somebody's captions: a .pth list or .txt lines in ImageFolder's order, or a .csv with file names."""
     found = collections.defaultdict(list)
     try:
-        if file.endswith(".csv"):
-            with open(file, encoding="utf-8", errors="replace", newline="") as stream:
-                (columns, *rows) = ([cell.strip().lower() for cell in next(csv.reader(stream), [])], *csv.reader(stream))
+        if file.endswith((".pth", ".pt")):
+            rows = torch.load(file, weights_only=True)
         else:
-            rows = torch.load(file, weights_only=True) if file.endswith((".pth", ".pt")) else open(file, encoding="utf-8", errors="replace").read().removesuffix("\n").split("\n")
+            with open(file, encoding="utf-8-sig", errors="replace", newline="" if file.endswith(".csv") else None) as stream:
+                rows = list(csv.DictReader(stream)) if file.endswith(".csv") else stream.read().removesuffix("\n").split("\n")
     except pickle.UnpicklingError:
         raise SystemExit(f"--import {file}: not a plain list of strings; it holds objects whose loading could run code, so it is not loaded")
-    except (OSError, RuntimeError, csv.Error) as error:
+    except (OSError, EOFError, RuntimeError, csv.Error) as error:
         raise SystemExit(f"--import {file}: {first_line(error)}")
     if not file.endswith(".csv"):
         if not isinstance(rows, list) or not all(isinstance(row, str) for row in rows):
@@ -391,21 +410,25 @@ def read_published(file: str, keys: list[str]) -> list[tuple[str, str]]:
         if len(rows) != len(keys):
             raise SystemExit(f"--import {file}: {len(rows)} captions, but --data has {len(keys)} images: by position they cannot be matched")
         return list(zip(keys, rows))
-    path, text = (next((columns.index(c) for c in names if c in columns), None) for names in (
+    columns = list(rows[0]) if rows else []
+    path, text = (next((column for column in columns if (column or "").strip().lower() in names), None) for names in (
         ("image", "path", "image_path", "filepath", "file_path", "file", "file_name", "filename"), ("caption", "captions", "text", "description")))
     if path is None or text is None:
-        raise SystemExit(f"--import {file}: needs a column image, path or file_name and a column caption or text; it has {', '.join(columns) or 'nothing'}")
-    known = {}  # an image may be named by its key, its last folder and file name, or its file name, where only one image has it
-    for key in keys:
-        for name in {"/".join(key.split("/")[-n:]) for n in (1, 2)}:
+        raise SystemExit(f"--import {file}: needs a column image, path or file_name and a column caption or text; it has {', '.join(map(str, columns)) or 'no rows'}")
+    for parts in 0, 2, 1:  # its rows name images by their keys, else by class folder and file name, else by file name, where only one image has it
+        known, unknown = {}, 0
+        for key in keys:
+            name = "/".join(key.split("/")[-parts:])
             known[name] = None if name in known else key
-    known |= {key: key for key in keys}
-    for row in rows:
-        parts = row[path].replace("\\", "/").split("/") if len(row) > max(path, text) else [""]
-        key = next(filter(None, (known.get("/".join(parts[-n:])) for n in (0, 2, 1))), None)
-        found[key].append(row[text] if key else row)
-    unknown = len(found.pop(None, []))
-    if not found:
+        for row in rows:
+            key = known.get("/".join((row[path] or "").replace("\\", "/").split("/")[-parts:]))
+            if key is None or row[text] is None:
+                unknown += 1
+            else:
+                found[key].append(row[text])
+        if found:
+            break
+    else:
         raise SystemExit(f"--import {file}: none of its {len(rows)} rows names an image of --data")
     print(f"{unknown} of {len(rows)} rows name no image of --data (or more than one); {len(keys) - len(found)} of {len(keys)} images got no caption")
     return [(key, caption) for key in keys for caption in found.get(key, [])]
@@ -414,7 +437,7 @@ def read_published(file: str, keys: list[str]) -> list[tuple[str, str]]:
 def contact_sheet(file: str, data: str, captions: list[tuple[str, str]], columns: int = 4, side: int = 256) -> None:
     """A picture of images with their captions below, wrapped and never cut."""
     if not captions:
-        raise SystemExit(f"--preview: none of these images could be described")
+        raise SystemExit("--preview: none of the twelve images could be described")
     font = ImageFont.load_default(size=13)
     texts = [textwrap.fill(f"{key.split('/')[0]}: {caption}".encode("utf-8", "replace").decode(), 38) for key, caption in captions]
     height = side + 24 + 18 * max(text.count("\n") + 1 for text in texts)
@@ -436,26 +459,28 @@ def main() -> None:
     names = read_class_names(args.class_names, folders)
     sampling = "greedy" if args.temperature <= 0 else f"temperature={args.temperature} top_p={args.top_p} seed={args.seed} num_captions={args.num_captions}"
     settings = f"max_new_tokens={args.max_new_tokens} batch_size={args.batch_size} prompts={len(args.prompt)} dtype={args.dtype} revision={args.revision} {sampling}"
+    if any("{class}" in prompt for prompt in args.prompt):
+        settings += f" class_names={zlib.crc32(repr(sorted(names.items())).encode()):08x}"
     args.limit = min(args.limit or len(keys), len(keys))
-    unnamed = [key for key in keys if key.startswith(UNLABELED + "/")]
     if args.import_file:
         model = f"import:{os.path.basename(args.import_file)}"
         return write_whole(args.out, [{"image": key, "caption": " ".join(caption.split()), "model": model, "prompt": ""} for key, caption in read_published(args.import_file, keys)])
     if args.model == "template":  # images without a class get no caption that would name it
         return write_whole(args.out, [{"image": key, "caption": prompt.replace("{class}", names.get(key.split("/")[0], "")), "model": "template", "prompt": prompt}
                                       for key in keys[:args.limit] for prompt in args.prompt if "{class}" not in prompt or not key.startswith(UNLABELED + "/")])
-    if unnamed and any("{class}" in prompt for prompt in args.prompt):
-        raise SystemExit(f"--prompt with {{class}}: the {len(unnamed)} images of {UNLABELED}/ have no class to be named")
+    if any("{class}" in prompt for prompt in args.prompt) and any(key.startswith(UNLABELED + "/") for key in keys):
+        raise SystemExit(f"--prompt with {{class}}: the images of {UNLABELED}/ have no class to be named")
     if args.preview:
         keys = sorted(random.Random(args.seed).sample(keys, min(12, len(keys))))
         dataset, captions = Batches(args, keys, [], Describer(args), names), {}
+        torch.manual_seed(args.seed)
         errors, requests = dataset.read(list(range(len(keys))))
         dataset.describe(requests, captions, errors, collections.Counter())
         return contact_sheet(args.preview, args.data, [(keys[i], text) for (i, _), texts in sorted(captions.items()) for text in texts])
 
     own = args.out if args.shards == 1 else f"{args.out}.part-{args.shard}-of-{args.shards}"
     batches = range(math.ceil(args.limit / args.batch_size))
-    places, errors, done, own_end = scan(args, keys, settings, own)
+    places, errors, done = scan(args, keys, settings, args.retry_failed)
     mine = [b for b in batches if b % args.shards == args.shard]
     todo = [b for b in mine if b not in done]
     if todo:
@@ -464,39 +489,37 @@ def main() -> None:
             torch.cuda.set_device(args.device)
         dataset = Batches(args, keys[:args.limit], todo, Describer(args), names)
         timer, start = collections.Counter(), time.perf_counter()
-        if os.path.exists(own):
-            os.truncate(own, own_end)
+        if os.path.exists(own):  # what a kill left behind the last whole batch
+            os.truncate(own, max((end for file, _, end in places.values() if file == own), default=0))
         total, left = (sum(len(images_of(b, args.batch_size, args.limit)) for b in part) for part in (mine, todo))
         bar = tqdm(total=total, initial=total - left, unit="image", smoothing=0.05, disable=not args.lead)
         for batch, failed, requests in DataLoader(dataset, batch_size=None, num_workers=args.workers, pin_memory=args.device.startswith("cuda")):
             captions = {}
             torch.manual_seed(args.seed * 1_000_003 + batch)  # sampling is the same whoever does this batch
             dataset.describe(requests, captions, failed, timer)
-            lines = []
-            for i in images_of(batch, args.batch_size, args.limit):
+            lines, images = [], images_of(batch, args.batch_size, args.limit)
+            for i in images:
                 lines += [{"image": keys[i], "error": failed[i]}] if i in failed else [
                     {"image": keys[i], "caption": caption, "model": args.model, "prompt": prompt, "settings": settings}
                     for number, prompt in enumerate(args.prompt) for caption in captions[i, number]]
             write_lines(own, lines, "ab")
             timer.update(captions=len(lines) - len(failed), failed=len(failed))
-            bar.update(len(images_of(batch, args.batch_size, args.limit)))
+            bar.update(len(images))
             seconds = time.perf_counter() - start
-            bar.set_postfix_str(f"{timer['captions'] / seconds:.2f} captions/s, {timer['tokens'] / seconds:.0f} new tokens/s, {timer['failed']} images failed", refresh=False)
+            rates = f"{timer['captions'] / seconds:.2f} captions/s, {timer['tokens'] / seconds:.0f} new tokens/s, {timer['failed']} images failed"
+            bar.set_postfix_str(rates, refresh=False)
         bar.close()
-        seconds = time.perf_counter() - start
-        print(f"this run: {timer['captions']} captions in {seconds:.1f} s, {timer['captions'] / seconds:.2f} captions/s, {timer['tokens'] / seconds:.0f} new tokens/s, "
-              f"{timer['generate'] / seconds:.0%} of the time inside generate, {timer['failed']} images failed")
-    args.retry_failed = False
+        print(f"this run: {timer['captions']} captions in {seconds:.1f} s, {rates}, {timer['generate'] / seconds:.0%} of the time inside generate")
     try:  # processes do not talk to each other: the one that finds all batches on the disk finishes the job
-        places, errors, done, _ = scan(args, keys, settings, own)
+        places, errors, done = scan(args, keys, settings)
         if len(done) < len(batches):
             return print(f"{len(done)} of {len(batches)} batches are done; the process that does the last one writes {args.out}")
         merge(args, keys, places, errors)
-    except FileNotFoundError:  # another process is just doing that
-        return
+    except (FileNotFoundError, json.JSONDecodeError):  # another process has merged them in this moment
+        return print(f"{args.out}: written by another process")
     for i, error in sorted(errors.items())[:10]:
         print(f"failed: {keys[i]!r}: {error}")
-    if len(errors) >= args.limit:
+    if sum(i < args.limit for i in errors) == args.limit:
         raise SystemExit(f"none of the {args.limit} images could be described: see {args.out}.failed")
     print(f"{summary(args.out)}; {len(errors)} images failed" + (f", listed in {args.out}.failed" if errors else ""))
 

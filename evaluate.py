@@ -92,7 +92,7 @@ def load_checkpoint(file: str, ema: bool) -> tuple[nn.Module, dict]:
         state = torch.load(file, map_location="cpu", weights_only=True)
         weights = state["ema"] if ema else state["model"]
     except Exception as error:
-        raise SystemExit(f"{file}: not a checkpoint of train.py, nor a torchvision model: {str(error).splitlines()[0]}")
+        raise SystemExit(f"{file}: not a checkpoint of train.py that can be read safely ({type(error).__name__}), nor the name of a torchvision model")
     if weights is None:
         raise SystemExit(f"{file} has no averaged weights: leave out --ema, or train with --ema-decay")
     if "config" in state["rebuild"]:

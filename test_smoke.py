@@ -894,6 +894,20 @@ class Losses(Base):
 
 
 class Training(Base):
+    def test_augmentation_gives_the_pixels_of_torchvision(self):
+        import train
+        image, flipped = torch.randint(0, 256, (3, 90, 120), dtype=torch.uint8), 0
+        for seed in range(20):
+            for interpolation in torchvision.transforms.InterpolationMode.BILINEAR, torchvision.transforms.InterpolationMode.BICUBIC:
+                torch.manual_seed(seed)
+                ours = train.FlippedCrop(32, interpolation=interpolation)(image)
+                torch.manual_seed(seed)
+                want = torchvision.transforms.v2.RandomResizedCrop(32, interpolation=interpolation, antialias=True)(image)
+                flip = bool(torch.rand(()) < 0.5)
+                flipped += flip
+                self.assertTrue(torch.equal(ours, want.flip(2) if flip else want))
+        self.assertIn(flipped, range(10, 31))
+
     def test_resume_gives_the_uninterrupted_weights(self):
         more = ["--epochs", 4, "--mixup", 0.5, "--ema-decay", 0.9, "--warmup-epochs", 1, "--randaugment", 9, "-j", 1]
         log = TMP / "resumed" / "log.jsonl"
@@ -975,6 +989,7 @@ class Training(Base):
         self.refused("only alignment can use", "train", *train_options("u2", "--data", world, text=False))
 
     def test_refusals(self):
+        self.refused("--align-weight does nothing without", "train", *train_options("x", "--align-weight", 1, text=False))
         self.refused("no such classifier; did you mean resnet50", "train", *train_options("x", "--arch", "resnet5O"))
         self.refused("does not take images", "train", *train_options("x", "--arch", "inception_v3", "--input-size", 32))
         self.refused("has no stochastic depth", "train", *train_options("x", "--drop-path", 0.1))

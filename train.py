@@ -25,6 +25,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -115,6 +116,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         p.error("--device cuda: this machine has no GPU that torch can use")
+    given = {option.split("=")[0] for option in (sys.argv[1:] if argv is None else argv)}
+    idle = given & {"--align-weight", "--align-loss", "--align-targets", "--temperature", "--projection", "--shuffle-captions", "--text-adapter", "--learn-temperature", "--mix-text"}
+    if idle and not args.embeddings:
+        p.error(f"{min(idle)} does nothing without --captions and --embeddings")
     if bool(args.captions) != bool(args.embeddings):
         p.error("--captions and --embeddings go together")
     if min(args.epochs, args.batch_size, args.repeated_aug, args.val_every) < 1 or args.workers < 0 or args.temperature <= 0 or args.align_weight < 0:
@@ -135,7 +140,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 class Captions:
     """Which rows of embeddings.npy belong to which image, by the image's key; the array itself stays on the disk."""
 
-    def __init__(self, captions: str, embeddings: str, keys: list[str], shuffle: int | None = None):
+    def __init__(self, captions: str, embeddings: str, keys: Iterable[str], shuffle: int | None = None):
         metadata = embeddings.removesuffix(".npy") + ".json"
         if not os.path.exists(captions):
             raise SystemExit(f"--captions {captions}: no such file: run caption.py first")
@@ -148,16 +153,19 @@ class Captions:
             raise SystemExit(f"captions and embeddings: {error}: run embed.py --captions {captions} --out {embeddings}")
         if digest != self.identity.get("captions_sha256"):
             raise SystemExit(f"{captions} is not the file that {embeddings} was made from (it was changed, reordered or extended): run embed.py again")
-        image_of = {key: i for i, key in enumerate(keys)}
+        own = np.fromiter(map(hash, keys), np.int64)  # 64-bit hashes: a dictionary of a million keys would take 200 MB in every process
         with open(captions, "rb") as stream:
-            owner = np.array([image_of.get(json.loads(line)["image"], -1) for line in stream], np.int64)
+            lines = np.fromiter((hash(json.loads(line)["image"]) for line in stream), np.int64)
+        order = np.argsort(own)
+        owner = order[np.searchsorted(own, lines, sorter=order).clip(max=len(own) - 1)]
+        owner[own[owner] != lines] = -1
         if table.ndim != 2 or len(table) != len(owner) or table.dtype not in (np.float16, np.float32):
             raise SystemExit(f"{embeddings} is {table.dtype} {list(table.shape)}, expected float16 or float32 [{len(owner)}, width]: run embed.py again")
         self.foreign = int((owner < 0).sum())
         if self.foreign == len(owner):
             raise SystemExit(f"none of the {len(owner)} captions belongs to an image of train/: was caption.py run with --data ROOT/train?")
         self.rows = np.argsort(owner, kind="stable")[self.foreign:]  # rows grouped by image ...
-        self.ends = np.cumsum(np.bincount(owner[owner >= 0], minlength=len(keys)))  # ... those of image i end here
+        self.ends = np.cumsum(np.bincount(owner[owner >= 0], minlength=len(own)))  # ... those of image i end here
         self.file, self.width, self.table = embeddings, table.shape[1], None
         if shuffle is not None:
             self.rows = np.random.default_rng(shuffle).permutation(self.rows)
@@ -176,7 +184,7 @@ class Captions:
 
 
 class TrainImages(Dataset):
-    """Item (index, seed): uint8 image [3, S, S], label (-1: none), text [D], has_text, index of an unreadable image (else -1).
+    """Item (index, seed): uint8 image [S, S, 3] (collated without a transposition, channels-last on the device), label (-1: none), text [D], has_text, index of an unreadable image (else -1).
 
     The random state is the item's own, so augmentation depends neither on the number of workers nor on that of processes.
     """
@@ -197,6 +205,7 @@ class TrainImages(Dataset):
                 image = self.transform(read_image(path))
             except Exception:  # one bad image costs that image: no label, no text, counted and named by the main loop
                 image, label, failed = torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, index
+            image = image.permute(1, 2, 0).contiguous()
             text = self.captions.draw(index) if self.captions and failed < 0 else None
         has_text = text is not None
         return image, label, text if has_text else torch.zeros(self.captions.width if self.captions else 0), has_text, failed
@@ -249,20 +258,21 @@ class EpochSampler(Sampler):
             yield int(order[position]), (stream * 1_000_000_007 + position) % 2**63
 
 
-class ResizedCrop(v2.RandomResizedCrop):
-    """RandomResizedCrop of one uint8 image [3, H, W], the same pixels as torchvision's: the resize is twice as fast on a crop that is
-    dense in memory, and a plain tensor needs no search for what to transform."""
+class FlippedCrop(v2.RandomResizedCrop):
+    """RandomResizedCrop and horizontal flip of one uint8 image [3, H, W], the same pixels as torchvision's: resizing and flipping are
+    faster on channels-last memory that is dense, and a plain tensor needs no search for what to transform."""
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         top, left, height, width = self.make_params([image]).values()
         crop = image[None, :, top:top + height, left:left + width].contiguous(memory_format=torch.channels_last)
-        return F.interpolate(crop, self.size, mode=self.interpolation.value, antialias=True)[0]
+        crop = F.interpolate(crop, self.size, mode=self.interpolation.value, antialias=True)
+        return (crop.flip(3) if torch.rand(()) < 0.5 else crop)[0]
 
 
 def train_transform(args: argparse.Namespace) -> v2.Compose:
     """On uint8 tensors throughout; normalisation follows on the device."""
     interpolation = InterpolationMode(args.interpolation)
-    steps = [ResizedCrop(args.input_size, interpolation=interpolation), v2.RandomHorizontalFlip()]
+    steps = [FlippedCrop(args.input_size, interpolation=interpolation)]
     if args.randaugment:
         steps.append(v2.RandAugment(magnitude=args.randaugment, interpolation=interpolation))
     if args.color_jitter:
@@ -508,7 +518,7 @@ def train_epoch(args, net, model, loader, optimizer, scaler, ema, mix, amp, epoc
         wait += time.perf_counter() - tick
         failed.update(broken[broken >= 0].tolist())  # on the CPU: no synchronisation
         images, labels, texts, has_text = (x.to(device, non_blocking=True) for x in (images, labels, texts, has_text))
-        images = (images.float() - mean) / std
+        images = (images.permute(0, 3, 1, 2).float() - mean) / std
         images, mixing = mix(images, torch.arange(len(images), device=device)) if mix else (images, None)  # the mixed "labels" say who is in whom
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -540,6 +550,7 @@ def train_epoch(args, net, model, loader, optimizer, scaler, ema, mix, amp, epoc
             if dist.is_initialized():
                 dist.all_reduce(bad_step, dist.ReduceOp.MAX)  # all processes stop, or none
             if bad_step >= 0:
+                bar.close()
                 good = os.path.join(args.out, "last.pt")
                 raise SystemExit(f"the loss is not finite at step {int(bad_step)} of epoch {epoch}: CE {bad_values[0]:.4g}, alignment {bad_values[1]:.4g}; "
                                  + (f"{good} is the last good checkpoint" if os.path.exists(good) else "there is no checkpoint yet") + ". Try a smaller --lr, --clip-grad 1 or --amp bfloat16")
@@ -627,7 +638,7 @@ def main() -> None:
     if unlabelled and not args.embeddings:
         raise SystemExit(f"train/{UNLABELED} holds {len(unlabelled)} images, which only alignment can use: pass --captions and --embeddings, or move it away")
     samples += unlabelled
-    captions = Captions(args.captions, args.embeddings, [key_of(path, train_folder) for path, _ in samples], args.seed if args.shuffle_captions else None) if args.embeddings else None
+    captions = Captions(args.captions, args.embeddings, (key_of(path, train_folder) for path, _ in samples), args.seed if args.shuffle_captions else None) if args.embeddings else None
     if len(samples) < args.batch_size * world:
         raise SystemExit(f"{len(samples)} training images do not fill one batch of {args.batch_size} x {world} processes: use a smaller -b")
     torch.manual_seed(args.seed)
@@ -671,7 +682,7 @@ def main() -> None:
         try:
             state = torch.load(checkpoint, map_location=args.device, weights_only=True)
         except Exception as error:
-            raise SystemExit(f"--resume {checkpoint}: cannot be read: {str(error).splitlines()[0]}")
+            raise SystemExit(f"--resume {checkpoint}: not a checkpoint of train.py that can be read safely ({type(error).__name__})")
         if "net" not in state:
             raise SystemExit(f"--resume {checkpoint}: only last.pt holds what is needed to go on")
         if state["classes"] != classes:

@@ -20,6 +20,7 @@ is a line with "error" until all is done. From GPT4Image (arXiv 2306.00693), sec
 import argparse
 import collections
 import contextlib
+import ctypes
 import csv
 import filecmp
 import glob
@@ -31,6 +32,8 @@ import os
 import pickle
 import random
 import re
+import signal
+import sys
 import textwrap
 import time
 import zlib
@@ -454,6 +457,8 @@ def contact_sheet(file: str, data: str, captions: list[tuple[str, str]], columns
 
 def main() -> None:
     args = parse_args()
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives a torchrun that is killed, writing beside its successor
     keys = list_images(args.data)
     folders = sorted({key.split("/")[0] for key in keys} - {UNLABELED})
     names = read_class_names(args.class_names, folders)

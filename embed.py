@@ -11,13 +11,17 @@ Launch:
     python embed.py --captions captions.jsonl --model meta-llama/Llama-3.2-1B --tune-epochs 1 --lora-rank 16 --tuned-out tuned    # LLM2CLIP
 
 Kill it at any moment and run the same line again: it goes on with the batches that are missing (tuning starts over). Memory does not
-grow with the captions: token ids wait in a file, rows go through a memory map; an index of some 70 bytes per caption stays in memory.
+grow with the captions (tuning holds them all): token ids wait in a file, rows go through a memory map; an index of some 70 bytes per
+caption stays in memory.
 """
 import argparse
+import ctypes
 import hashlib
 import json
 import os
 import random
+import signal
+import sys
 import time
 from datetime import timedelta
 
@@ -34,8 +38,8 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # small, fast, the most used sentence encoder there is
-POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last", "lasttoken": "last",
-            "pooling_mode_max_tokens": "max", "pooling_mode_weightedmean_tokens": "weightedmean"}  # sentence-transformers' older and newer names
+POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean",  # sentence-transformers' older names,
+            "pooling_mode_weightedmean_tokens": "weightedmean", "pooling_mode_lasttoken": "last"}               # in its order of concatenation
 
 
 def parse_args() -> argparse.Namespace:
@@ -66,6 +70,7 @@ def parse_args() -> argparse.Namespace:
             (args.device.startswith("cuda") and not torch.cuda.is_available(), "--device cuda: this machine has no GPU that torch can use"),
             (not os.path.isdir(os.path.dirname(args.out) or ".") or not args.out.endswith(".npy"), f"--out {args.out}: a name that ends in .npy, in a folder that exists"),
             (args.model.startswith((".", "/")) and not os.path.isdir(args.model), f"--model {args.model}: there is no such folder"),
+            (args.captions == args.out.removesuffix(".npy") + ".json", f"--out {args.out}: its description would replace the captions; choose another name"),
             (args.tune_epochs and "WORLD_SIZE" in os.environ, "--tune-epochs runs in one process: tune first, then embed with torchrun and --model DIR")):
         if wrong:
             p.error(sentence)
@@ -106,9 +111,9 @@ class TextEncoder(nn.Module):
                 settings = read_json(args, f"{path}/sentence_bert_config.json" if path else "sentence_bert_config.json") or {}
                 self.lower, limit = settings.get("do_lower_case", False), settings.get("max_seq_length")
             elif kind == "Pooling":
-                modes = config.get("pooling_mode") or [key for key, on in config.items() if key in POOLINGS and on is True]
-                modes = [modes] if isinstance(modes, str) else modes
-                self.poolings, self.include_prompt = tuple(POOLINGS.get(mode, mode) for mode in modes), config.get("include_prompt", True)
+                modes = config.get("pooling_mode") or [POOLINGS.get(key, key) for key in (*POOLINGS, *config.keys() - POOLINGS) if key.startswith("pooling_mode_") and config.get(key) is True]
+                self.poolings = tuple(mode.replace("lasttoken", "last") for mode in ([modes] if isinstance(modes, str) else modes))
+                self.include_prompt = config.get("include_prompt", True)
             elif kind == "Dense" and config.get("module_input_name", "sentence_embedding") == "sentence_embedding" and not config.get("use_residual"):
                 self.dense.append(self.load_dense(args, path, config))
             elif kind != "Normalize":
@@ -124,10 +129,11 @@ class TextEncoder(nn.Module):
         if missing:
             raise SystemExit(f"--model {args.model}: its files have no weights for {len(missing)} parts, {min(missing)} for one: embeddings would be random")
         self.clip = hasattr(self.model, "get_text_features") and modules is None
+        self.fill = self.clip and "siglip" in config.model_type  # it was trained on padding up to the full length, unmasked
         if config.is_encoder_decoder:
             self.model = self.model.get_encoder()
         if args.pooling != "auto":
-            self.poolings, self.clip = (args.pooling,), False
+            self.poolings, self.clip, self.fill, self.model = (args.pooling,), False, False, getattr(self.model, "text_model", self.model)
         self.prefix = self.prefix if args.prefix is None else args.prefix
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         if self.prefix and not self.include_prompt:  # the same count as sentence-transformers: without a closing special token
@@ -149,13 +155,15 @@ class TextEncoder(nn.Module):
 
     def tokenize(self, captions: list[str]) -> tuple[list[list[int]], list[int]]:
         """Token ids, cut at `max_length`, and the number of tokens of the uncut caption."""
-        texts = [self.prefix + (c.lower() if self.lower else c).strip() for c in captions]
+        texts = [(self.prefix + c).lower() if self.lower else self.prefix + c for c in captions]
         ids = self.tokenizer(texts, verbose=False)["input_ids"]
         lengths = [len(i) for i in ids]
         long = [k for k, length in enumerate(lengths) if length > self.max_length]
         if long:  # cut by the tokenizer, which knows where the closing special tokens go
             for k, cut in zip(long, self.tokenizer([texts[k] for k in long], truncation=True, max_length=self.max_length)["input_ids"]):
                 ids[k] = cut
+        if self.fill:
+            ids = [row + [self.tokenizer.pad_token_id] * (self.max_length - len(row)) for row in ids]
         return ids, lengths
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -210,12 +218,12 @@ def add_lora(model: nn.Module, rank: int) -> list[nn.Module]:
 
 
 def caption_contrastive_loss(vectors: torch.Tensor, texts: list[str], temperature: float = 0.05) -> torch.Tensor:
-    """Symmetric InfoNCE of vectors [2B, D], rows i and B + i from two captions of one image; negatives are all others that do not read the same as the row's own."""
+    """Symmetric InfoNCE of vectors [2B, D], rows i and B + i from two captions of one image; negatives are all others, unless they read
+    the same as one of the two."""
     n = len(texts) // 2
-    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    texts = torch.tensor([number[text] for text in texts], device=vectors.device)
+    texts = torch.from_numpy(np.unique(texts, return_inverse=True)[1]).to(vectors.device)
     partner = (torch.arange(2 * n, device=vectors.device) + n) % (2 * n)
-    excluded = texts[:, None] == texts  # itself, and equal sentences under other images
+    excluded = (texts[:, None] == texts) | (texts[partner][:, None] == texts)  # itself, and equal sentences under other images
     excluded[torch.arange(2 * n), partner] = False
     return F.cross_entropy((vectors @ vectors.T / temperature).masked_fill(excluded, -1e4), partner)
 
@@ -243,15 +251,14 @@ def tune(encoder: TextEncoder, args: argparse.Namespace, device: torch.device) -
     if not args.lora_rank:
         encoder.float()  # steps of 5e-5 vanish in bfloat16 weights
     captions_of = {}
-    with open(args.captions, "rb") as stream:
-        for line in map(json.loads, stream):
-            captions_of.setdefault(line["image"], {})[line["caption"]] = None  # a dict keeps the order and drops repetitions
+    for image, caption in read_captions(args.captions):
+        captions_of.setdefault(image, {})[caption] = None  # a dict keeps the order and drops repetitions
     images = [list(captions) for captions in captions_of.values() if len(captions) > 1]
     rng = random.Random(args.seed)
     rng.shuffle(images)
     held_out, images = images[:min(1000, len(images) // 10)], images[min(1000, len(images) // 10):]
     if len(images) < args.tune_batch or not held_out:
-        raise SystemExit(f"--tune-epochs needs images with two different captions: {len(images) + len(held_out)} of {len(captions_of)} images have them, at least {args.tune_batch + 10} "
+        raise SystemExit(f"--tune-epochs needs images with two different captions: {len(images) + len(held_out)} of {len(captions_of)} images have them, {args.tune_batch} and a tenth of them to be held out "
                          "are needed. Give caption.py two --prompt options, or --num-captions 2 --temperature 0.7")
     before, steps = caption_recall(encoder, held_out, device), args.tune_epochs * (len(images) // args.tune_batch)
     if device.type == "cuda" and encoder.model.supports_gradient_checkpointing:
@@ -293,24 +300,24 @@ def tune(encoder: TextEncoder, args: argparse.Namespace, device: torch.device) -
                           ("1_Pooling/config.json", {"word_embedding_dimension": encoder.model.config.hidden_size, mode: True})):
         file = os.path.join(args.tuned_out, name)
         os.makedirs(os.path.dirname(file), exist_ok=True)
-        with open(file, "w", encoding="utf-8") as stream:
-            json.dump(content, stream)
+        write_json(file, content)
     print(f"{args.tuned_out}: tuned on {len(images)} images; caption-to-caption recall@1 on {len(held_out)} held-out images {before:.1f} % before, {after:.1f} % after")
 
 
 # -------------------------------------------------------------------------------------------------------------- the work
 
 def read_captions(file: str):
-    """Yield the captions of a jsonl file in order; a line without one is an error that names it."""
+    """Yield (image, caption) of a jsonl file in order; a line without them is an error that names it."""
     number = 0
     try:
         with open(file, "rb") as stream:
             for number, line in enumerate(stream, 1):
-                yield json.loads(line)["caption"].encode("utf-8", "replace").decode()  # lone surrogates would stop the tokenizer
+                line = json.loads(line)
+                yield line["image"], line["caption"].encode("utf-8", "replace").decode()  # lone surrogates would stop the tokenizer
     except OSError as error:
         raise SystemExit(f"--captions {file}: {error.strerror}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SystemExit(f"{file}, line {number}: no JSON object with a \"caption\" ({error!r}): not a file of caption.py, or one that it has not finished")
+        raise SystemExit(f"{file}, line {number}: no JSON object with an \"image\" and a \"caption\" ({error!r}): not a file of caption.py, or one that it has not finished")
     if not number:
         raise SystemExit(f"{file} is empty: run caption.py first")
 
@@ -342,7 +349,7 @@ def write_tokens(encoder: TextEncoder, captions: str, file: str) -> tuple[np.nda
         chunk.clear()
 
     with open(file, "wb") as stream:
-        for caption in tqdm(read_captions(captions), unit="caption", desc="tokenise"):
+        for _, caption in tqdm(read_captions(captions), unit="caption", desc="tokenise"):
             chunk.append(caption)
             if len(chunk) == 4096:
                 flush()
@@ -361,8 +368,16 @@ def plan_batches(lengths: np.ndarray, batch_size: int, batch_tokens: int) -> lis
     return slices
 
 
+def write_json(file: str, content: dict | list) -> None:
+    with open(file + ".new", "w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=1)
+    os.replace(file + ".new", file)
+
+
 def main() -> None:
     args = parse_args()
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives a torchrun that is killed, writing beside its successor
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # only for waiting: a rank may be hours ahead of another
@@ -394,7 +409,7 @@ def main() -> None:
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)  # equal captions are encoded once
     order = np.lexsort((first, -lengths[first]))  # unique captions, longest first, then in the file's order
     lines = np.argsort(inverse, kind="stable")  # lines grouped by unique caption ...
-    ends = np.cumsum(np.bincount(inverse))  # ... those of caption u end here
+    ends = np.cumsum([0, *np.bincount(inverse)])  # ... those of caption u are lines[ends[u]:ends[u + 1]]
     del hashes
     batches = plan_batches(lengths[first[order]], args.batch_size, args.batch_tokens)
     width = encoder(torch.tensor([encoder.tokenize(["a"])[0][0]], device=device), None).shape[1]
@@ -403,10 +418,11 @@ def main() -> None:
     if rank == 0:
         resumed = os.path.exists(temporary) and os.path.exists(temporary + ".plan") and json.load(open(temporary + ".plan", encoding="utf-8")) == plan
         if not resumed:
+            if os.path.exists(temporary + ".plan"):
+                os.remove(temporary + ".plan")  # first: a plan never stands beside rows of another
             np.lib.format.open_memmap(temporary, "w+", args.out_dtype, (len(lengths), width)).flush()
             np.zeros(len(batches), np.uint8).tofile(temporary + ".done")
-            with open(temporary + ".plan", "w", encoding="utf-8") as stream:
-                json.dump(plan, stream)
+            write_json(temporary + ".plan", plan)
     if world > 1:
         dist.barrier()
     rows = np.lib.format.open_memmap(temporary, "r+")
@@ -415,16 +431,21 @@ def main() -> None:
     if world > 1:
         dist.barrier()  # everybody has seen the same list before anybody ticks off a batch
 
-    autocast = torch.autocast(device.type, torch.float16, enabled=args.dtype == "auto" and device.type == "cuda" and next(encoder.parameters()).dtype == torch.float32)
+    autocast = torch.autocast(device.type, torch.float16, enabled=args.dtype == "auto" and device.type == "cuda" and encoder.model.dtype == torch.float32)
     bar = tqdm(total=int(sum(batches[b][1] - batches[b][0] for b in todo)), unit="caption", desc="embed", smoothing=0.02, disable=rank > 0)
     start, padding = time.perf_counter(), encoder.tokenizer.pad_token_id or 0
 
-    def store(batch: int, vectors: torch.Tensor) -> None:
+    def to_device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).pin_memory().to(device, non_blocking=True) if device.type == "cuda" else torch.from_numpy(array).to(device)
+
+    def store(batch: int, vectors: torch.Tensor, copied: "torch.cuda.Event | None") -> None:
+        if copied:
+            copied.synchronize()
         unique = order[slice(*batches[batch])]
         if not vectors.isfinite().all():
             raise SystemExit(f"the encoder's output is not finite in {args.dtype if args.dtype != 'auto' else 'float16 autocast'}: use --dtype bfloat16 or float32")
-        for u, vector in zip(unique, vectors.cpu().numpy()):
-            rows[lines[ends[u - 1] if u else 0:ends[u]]] = vector
+        for u, vector in zip(unique, vectors.numpy()):
+            rows[lines[ends[u]:ends[u + 1]]] = vector
         done[batch] = 1  # after its rows: a kill in between repeats the batch
         bar.update(len(unique))
 
@@ -435,11 +456,14 @@ def main() -> None:
             ids = np.full((len(captions), lengths[captions[0]]), padding, np.int64)
             for row, c in zip(ids, captions):
                 row[:lengths[c]] = tokens[offsets[c]:offsets[c] + lengths[c]]
-            mask = None if lengths[captions[-1]] == ids.shape[1] else torch.from_numpy((np.arange(ids.shape[1]) < lengths[captions][:, None]).astype(np.int64)).to(device, non_blocking=True)
-            vectors = encoder(torch.from_numpy(ids).to(device, non_blocking=True), mask)
+            mask = None if lengths[captions[-1]] == ids.shape[1] else to_device((np.arange(ids.shape[1]) < lengths[captions][:, None]).astype(np.int64))
+            vectors = encoder(to_device(ids), mask).to("cpu", non_blocking=True)
+            copied = torch.cuda.Event() if device.type == "cuda" else None
+            if copied:
+                copied.record()
             if pending:
                 store(*pending)
-            pending = batch, vectors
+            pending = batch, vectors, copied
         if pending:
             store(*pending)
     bar.close()
@@ -447,9 +471,10 @@ def main() -> None:
     if world > 1:
         dist.barrier()
     if rank == 0:
-        seconds, count = time.perf_counter() - start, sum(batches[b][1] - batches[b][0] for b in todo)
-        with open(temporary + ".json", "w", encoding="utf-8") as stream:
-            json.dump(identity | {"rows": len(lengths), "width": width}, stream, indent=1)
+        seconds = time.perf_counter() - start
+        if not done.all():
+            raise SystemExit(f"{temporary}.done misses batches: is another embed.py writing to the same --out? Start one of them again")
+        write_json(temporary + ".json", identity | {"rows": len(lengths), "width": width})
         if os.path.exists(metadata):
             os.remove(metadata)  # in this order: at no moment does a metadata file describe another array
         os.replace(temporary, args.out)
@@ -457,7 +482,7 @@ def main() -> None:
         for suffix in (".done", ".plan", ".tokens"):
             os.remove(temporary + suffix)
         cut = uncut[uncut > encoder.max_length]
-        print(f"{args.out}: {len(lengths)} x {width} {args.out_dtype}, {len(first)} different captions, {count / max(seconds, 1e-9) * world:.0f} captions/s; {len(cut)} captions were cut at "
+        print(f"{args.out}: {len(lengths)} x {width} {args.out_dtype}, {len(first)} different captions, {bar.total / max(seconds, 1e-9) * world:.0f} captions/s; {len(cut)} captions were cut at "
               f"{encoder.max_length} tokens" + (f", by {int(np.median(cut - encoder.max_length))} at the median" if len(cut) else ""))
     if world > 1:
         dist.destroy_process_group()

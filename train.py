@@ -18,10 +18,12 @@ f(x) is the input of the classifier's last layer g, t the frozen embedding of a 
 """
 import argparse
 import contextlib
+import ctypes
 import difflib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -612,6 +614,8 @@ def save(state: dict, file: str) -> None:
 
 def main() -> None:
     args = parse_args()
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives a torchrun that is killed, writing beside its successor
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"

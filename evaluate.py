@@ -14,6 +14,7 @@ Launch:
 What is evaluated is the plain model, on torchvision's own preprocessing; every image counts exactly once on any number of processes.
 """
 import argparse
+import difflib
 import hashlib
 import json
 import os
@@ -83,16 +84,24 @@ class Images(Dataset):
 
 def load_checkpoint(file: str, ema: bool) -> tuple[nn.Module, dict]:
     """The plain model with its weights (strictly), and the checkpoint's other entries; "transform" is the preprocessing."""
-    if file in torchvision.models.list_models(module=torchvision.models):
+    names = torchvision.models.list_models(module=torchvision.models)
+    if file in names:
         weights = torchvision.models.get_model_weights(file).DEFAULT
         transform = weights.transforms()
-        return torchvision.models.get_model(file, weights=weights), {
+        try:
+            model = torchvision.models.get_model(file, weights=weights)
+        except OSError as error:
+            raise SystemExit(f"{file}: its published weights cannot be downloaded: {error}")
+        return model, {
             "arch": file, "epoch": "", "selected": str(weights), "classes": None, "transform": transform, "input_size": transform.crop_size[0], "settings": {"published": file}}
+    if not os.path.exists(file):
+        close = difflib.get_close_matches(file, names)
+        raise SystemExit(f"{file}: no such checkpoint, and no torchvision model of that name" + (f"; did you mean {' or '.join(close)}?" if close else ""))
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         weights = state["ema"] if ema else state["model"]
     except Exception as error:
-        raise SystemExit(f"{file}: not a checkpoint of train.py that can be read safely ({type(error).__name__}), nor the name of a torchvision model")
+        raise SystemExit(f"{file}: not a checkpoint of train.py that can be read safely ({type(error).__name__})")
     if weights is None:
         raise SystemExit(f"{file} has no averaged weights: leave out --ema, or train with --ema-decay")
     if "config" in state["rebuild"]:

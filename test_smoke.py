@@ -1079,7 +1079,7 @@ class Evaluation(Base):
     def test_refusals(self):
         torch.save({"model": Base}, TMP / "code.pt")
         self.refused("not a checkpoint", "evaluate", "-j", 0, "--data", WORLD / "val", TMP / "code.pt")
-        self.refused("not a checkpoint", "evaluate", "-j", 0, "--data", WORLD / "val", TMP / "nowhere.pt")
+        self.refused("no such checkpoint.*did you mean resnet50", "evaluate", "-j", 0, "--data", WORLD / "val", "resnet5O")
         self.refused("--data", "evaluate", "-j", 0, "--data", TMP / "nowhere", TMP / "judged/last.pt")
 
 

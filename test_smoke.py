@@ -942,8 +942,10 @@ class Training(Base):
     def test_architectures(self):
         for arch, size in ("mobilenet_v3_small", 32), ("googlenet", 64), ("vit_b_16", 32), ("shufflenet_v2_x0_5", 32):
             with self.subTest(arch):
-                call("train", *train_options(f"arch-{arch}", "--arch", arch, "--input-size", size, "--epochs", 1))
+                call("train", *train_options(f"arch-{arch}", "--arch", arch, "--input-size", size, "--epochs", 1, "--ema-decay", 0.5))
                 state = torch.load(TMP / f"arch-{arch}" / "last.pt", weights_only=True)
+                counters = [name for name, value in state["model"].items() if not value.is_floating_point()]
+                self.assertEqual([state["ema"][name] for name in counters], [state["model"][name] for name in counters], "integers are not averaged")
                 torchvision.models.get_model(arch, num_classes=4, **state["rebuild"]["kwargs"]).load_state_dict(state["model"], strict=True)
                 self.assertIn("| 20 |", call("evaluate", "--data", WORLD / "val", TMP / f"arch-{arch}" / "last.pt", "-j", 0, "--device", "cpu"))
 

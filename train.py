@@ -22,6 +22,7 @@ import ctypes
 import difflib
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -103,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--align-loss", default="clip", choices=["clip", "infonce", "cosine"], help="default: clip, the paper's")
     p.add_argument("--align-targets", default="one-hot", choices=["one-hot", "class"], help="class: all captions of an image's class are positives; default: one-hot, the paper's")
     p.add_argument("--projection", default="mlp", choices=["mlp", "linear"], help="the head h; default: mlp")
-    p.add_argument("--shuffle-captions", action="store_true", help="the control: every image gets the caption of another, drawn with --seed")
+    p.add_argument("--shuffle-captions", action="store_true", help="the control: captions are permuted over the images, drawn with --seed")
     p.add_argument("--text-adapter", default="none", choices=["none", "mlp"], help="mlp: LLM2CLIP's trained adapter on the frozen text side")
     p.add_argument("--learn-temperature", action="store_true", help="train tau, as CLIP does")
     p.add_argument("--mix-text", action=argparse.BooleanOptionalAction, default=True, help="a mixed image is aligned with both captions; off: with its own only, as in the official code")
@@ -119,7 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         p.error("--device cuda: this machine has no GPU that torch can use")
     given = {option.split("=")[0] for option in (sys.argv[1:] if argv is None else argv)}
-    idle = given & {"--align-weight", "--align-loss", "--align-targets", "--temperature", "--projection", "--shuffle-captions", "--text-adapter", "--learn-temperature", "--mix-text"}
+    idle = given & {"--align-weight", "--align-loss", "--align-targets", "--temperature", "--projection", "--shuffle-captions", "--text-adapter", "--learn-temperature", "--mix-text", "--no-mix-text"}
     if idle and not args.embeddings:
         p.error(f"{min(idle)} does nothing without --captions and --embeddings")
     if bool(args.captions) != bool(args.embeddings):
@@ -130,8 +131,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p.error("--align-targets class has no meaning for the cosine loss, which has no negatives")
     if args.learn_temperature and args.align_loss == "cosine":
         p.error("--learn-temperature: the cosine loss has no temperature")
-    if args.warmup_epochs and args.warmup_lr <= 0:
-        p.error("--warmup-lr starts above 0")
+    if args.warmup_epochs < 0 or args.warmup_lr <= 0 or (args.lr is not None and args.lr <= 0) or not 0 <= args.ema_decay < 1:
+        p.error("--lr and --warmup-lr start above 0, --warmup-epochs at 0, --ema-decay lies between 0 and 1")
     if args.sync_bn and not args.device.startswith("cuda"):
         p.error("--sync-bn needs CUDA")
     return args
@@ -226,12 +227,10 @@ class EvalImages(Dataset):
     """float32 image [3, S, S], label (-1: unreadable), through torchvision's own evaluation preprocessing (Pillow)."""
 
     def __init__(self, samples: list[tuple[str, int]], args: argparse.Namespace):
-        self.samples, size = samples, args.input_size
-        resize = round(size / args.crop_ratio)
+        self.samples, self.size = samples, args.input_size
         self.transform = v2.Compose([
-            v2.Resize(resize, InterpolationMode(args.interpolation)), v2.CenterCrop(size), v2.PILToTensor(),
+            v2.Resize(round(self.size / args.crop_ratio), InterpolationMode(args.interpolation)), v2.CenterCrop(self.size), v2.PILToTensor(),
             v2.ToDtype(torch.float32, scale=True), v2.Normalize(args.mean, args.std)])
-        self.size = size
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -324,12 +323,12 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     published_size = weights.transforms().crop_size[0]
     args.input_size = args.input_size or published_size
     kwargs = {}
-    if args.input_size != published_size and args.arch.startswith("vit_"):
+    if args.arch.startswith("vit_"):  # vit_h_14 was published with another size than it is built with
         kwargs["image_size"] = args.input_size
     elif args.input_size != published_size and args.arch.startswith("maxvit"):
         kwargs["input_size"] = (args.input_size, args.input_size)
     if args.arch in ("googlenet", "inception_v3"):
-        kwargs["init_weights"] = not args.pretrained  # what they do anyway without a warning being printed
+        kwargs |= {"init_weights": not args.pretrained, "transform_input": args.pretrained}  # what they do anyway, the first without a warning
     try:
         if args.pretrained:
             args.mean, args.std = weights.transforms().mean, weights.transforms().std
@@ -395,20 +394,21 @@ class Aligned(nn.Module):
         features, self.features = self.features, None
         features = features.flatten(2).mean(2) if features.ndim == 4 else features  # [n, C, h, w] -> [n, C]
         texts = self.adapter(texts) if self.adapter else texts
-        return logits, F.normalize(self.projection(features).float(), dim=1), F.normalize(texts.float(), dim=1), self.log_temperature.exp().clamp(min=0.01)
+        log_temperature = self.log_temperature
+        if log_temperature.requires_grad:  # not below 0.01 (CLIP); the gradient passes, or it would stay there for ever
+            log_temperature = log_temperature + (log_temperature.clamp(min=math.log(0.01)) - log_temperature).detach()
+        return logits, F.normalize(self.projection(features).float(), dim=1), F.normalize(texts.float(), dim=1), log_temperature.exp()
 
 
 def projection_head(kind: str, width: int, text_width: int, batch_norm: bool) -> nn.Module:
     """The head h (official code): features [n, width] -> [n, text_width]; with batch norm its ResNet's, without its DeiT's."""
     if kind == "linear":
         return nn.Linear(width, text_width, bias=False)
-    if batch_norm:
-        head, std = nn.Sequential(nn.Linear(width, 2 * text_width, bias=False), nn.BatchNorm1d(2 * text_width), nn.ReLU(inplace=True), nn.Linear(2 * text_width, text_width)), 1024 ** -0.5
-    else:
-        head, std = nn.Sequential(nn.Linear(width, 2 * text_width), nn.ReLU(inplace=True), nn.Linear(2 * text_width, text_width)), 0.02
+    norm = [nn.BatchNorm1d(2 * text_width)] if batch_norm else []
+    head = nn.Sequential(nn.Linear(width, 2 * text_width, bias=not batch_norm), *norm, nn.ReLU(inplace=True), nn.Linear(2 * text_width, text_width))
     for layer in head:
         if isinstance(layer, nn.Linear):
-            nn.init.trunc_normal_(layer.weight, std=std)
+            nn.init.trunc_normal_(layer.weight, std=1024 ** -0.5 if batch_norm else 0.02)
     return head
 
 
@@ -508,19 +508,24 @@ def alignment_loss(kind: str, images: torch.Tensor, texts: torch.Tensor, has_tex
 # -------------------------------------------------------------------------------------------------------- training
 
 def train_epoch(args, net, model, loader, optimizer, scaler, ema, mix, amp, epoch: int, quiet: bool) -> dict:
-    """One epoch; {"loss_ce", "loss_align", "train_top1", "images_per_s", "data_wait", ...}. Synchronises every 50 steps only."""
+    """One epoch; {"loss_ce", "loss_align", "train_top1", "images_per_s", "data_wait", ...}. Synchronises with the device every 50 steps only."""
     net.train()
     device = torch.device(args.device)
     mean, std = (255 * torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (args.mean, args.std))
     sums = torch.zeros(4, device=device)  # CE, alignment, hits, labelled images
     bad_step, bad_values, failed, wait = torch.full((), -1, device=device), torch.zeros(2, device=device), set(), 0.0
     bar = tqdm(total=len(loader), unit="step", desc=f"epoch {epoch}", disable=quiet, leave=False, mininterval=1)
+    finished = torch.cuda.Event() if device.type == "cuda" else None
     start = tick = time.perf_counter()
     for step, (images, labels, texts, has_text, broken) in enumerate(loader):
-        wait += time.perf_counter() - tick
+        if finished is None or finished.query():  # while the GPU still works on the step before, nothing is lost
+            wait += time.perf_counter() - tick
         failed.update(broken[broken >= 0].tolist())  # on the CPU: no synchronisation
         images, labels, texts, has_text = (x.to(device, non_blocking=True) for x in (images, labels, texts, has_text))
         images = (images.permute(0, 3, 1, 2).float() - mean) / std
+        if mix and args.repeated_aug > 1:  # its partner is the neighbour: let that not be a copy of the same image
+            shuffle = torch.randperm(len(images), device=device)
+            images, labels, texts, has_text = images[shuffle], labels[shuffle], texts[shuffle], has_text[shuffle]
         images, mixing = mix(images, torch.arange(len(images), device=device)) if mix else (images, None)  # the mixed "labels" say who is in whom
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -541,6 +546,9 @@ def train_epoch(args, net, model, loader, optimizer, scaler, ema, mix, amp, epoc
         scaler.update()
         if ema:
             ema.update_parameters(model)
+            for name, buffer in ema.module.named_buffers():
+                if not buffer.is_floating_point():  # indices and counters: their average means nothing
+                    buffer.copy_(model.get_buffer(name))
         with torch.no_grad():
             hits = ((logits[0].argmax(1) == labels) & (labels >= 0)).sum()
             values = torch.stack([loss_ce, loss_align])
@@ -557,6 +565,8 @@ def train_epoch(args, net, model, loader, optimizer, scaler, ema, mix, amp, epoc
                 raise SystemExit(f"the loss is not finite at step {int(bad_step)} of epoch {epoch}: CE {bad_values[0]:.4g}, alignment {bad_values[1]:.4g}; "
                                  + (f"{good} is the last good checkpoint" if os.path.exists(good) else "there is no checkpoint yet") + ". Try a smaller --lr, --clip-grad 1 or --amp bfloat16")
             bar.set_postfix_str(f"CE {sums[0] / (step + 1):.3f} align {sums[1] / (step + 1):.3f}", refresh=False)
+        if finished:
+            finished.record()
         tick = time.perf_counter()
     bar.close()
     world = 1
@@ -572,7 +582,7 @@ def train_epoch(args, net, model, loader, optimizer, scaler, ema, mix, amp, epoc
 def validate(model: nn.Module, samples: list, args: argparse.Namespace, rank: int, world: int) -> float:
     """Top-1 in percent over all readable images, each counted once."""
     model.eval()
-    if dist.is_initialized():  # batch norm's statistics are each process's own: what is saved, process 0's, is what is measured
+    if dist.is_initialized():  # batch norm's statistics of the last step are each process's own: what is saved, process 0's, is what is measured
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     loader = DataLoader(EvalImages(samples[rank::world], args), args.batch_size, num_workers=args.workers, pin_memory=args.device.startswith("cuda"))
@@ -587,8 +597,9 @@ def validate(model: nn.Module, samples: list, args: argparse.Namespace, rank: in
 
 
 def make_optimizer(net: nn.Module, args: argparse.Namespace, amp: torch.dtype | None) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9 or AdamW; without `decay_norms`, vectors and position embeddings are not decayed."""
-    kept = [p for name, p in net.named_parameters() if p.requires_grad and not args.decay_norms and (p.ndim <= 1 or "pos_embed" in name or "class_token" in name)]
+    """SGD with momentum 0.9 or AdamW; without `decay_norms`, vectors, position embeddings and class tokens are not decayed; tau never is."""
+    spare = ("pos_embed", "position", "class_token", "cls_token")
+    kept = [p for name, p in net.named_parameters() if p.requires_grad and (p.ndim == 0 or not args.decay_norms and (p.ndim == 1 or any(part in name for part in spare)))]
     spared = {id(p) for p in kept}
     groups = [{"params": [p for p in net.parameters() if p.requires_grad and id(p) not in spared]}, {"params": kept, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
@@ -665,7 +676,7 @@ def main() -> None:
     if args.lr is None:
         rate, images = LEARNING_RATES[args.recipe]
         args.lr = rate * args.batch_size * world / images
-    amp = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(args.amp, None)
+    amp = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(args.amp)
     if args.amp == "auto" and args.device.startswith("cuda"):
         amp = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     optimizer = make_optimizer(net, args, amp)
@@ -678,7 +689,7 @@ def main() -> None:
     if os.path.exists(last) and not args.resume:
         raise SystemExit(f"{last} exists: continue that run with --resume, or choose another --out")
     settings = {k: v for k, v in vars(args).items() if k not in ("data", "out", "captions", "embeddings", "workers", "device", "resume", "compile")}
-    settings |= {"world_size": world, "text": captions.identity if captions else None}
+    settings |= {"amp": str(amp), "world_size": world, "text": captions.identity if captions else None}
     log = [{"config": vars(args) | settings, "git": git_commit(), "versions": {m.__name__: str(m.__version__) for m in (torch, torchvision, transformers, np)}, "python": sys.version.split()[0]}]
     first_epoch, best = 0, -1.0
     checkpoint = last if args.resume is True else args.resume
@@ -734,8 +745,10 @@ def main() -> None:
             failed = set().union(*parts)
         if failed:
             say(f"epoch {epoch + 1}: {len(failed)} unreadable images left out: {', '.join(repr(key_of(samples[i][0], train_folder)) for i in sorted(failed)[:5])}")
-        if len(failed) >= len(loader) * args.batch_size * world:
+        if len(failed) * args.repeated_aug >= len(loader) * args.batch_size * world:
             raise SystemExit("no training image can be read")
+        if not torch.stack([p.detach().isfinite().all() for p in net.parameters()]).all():
+            raise SystemExit(f"epoch {epoch + 1} left weights that are not finite; {last} was not overwritten. Try a smaller --lr, --clip-grad 1 or --amp bfloat16")
         entry |= {"unreadable": len(failed), "unlabelled": len(unlabelled), "without_text": len(samples) - with_text if captions else None}
         if (epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs:
             entry["val_top1"] = validate(model, val_samples, args, rank, world)

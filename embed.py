@@ -15,6 +15,7 @@ grow with the captions (tuning holds them all): token ids wait in a file, rows g
 caption stays in memory.
 """
 import argparse
+import collections
 import ctypes
 import hashlib
 import json
@@ -23,6 +24,7 @@ import random
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import numpy as np
@@ -381,9 +383,9 @@ def main() -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # only for waiting: a rank may be hours ahead of another
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(args.device)
     device = torch.device(args.device)
     next(read_captions(args.captions), None)  # a missing file or a wrong first line, before the model is loaded
     identity = {"captions": os.path.basename(args.captions), "captions_sha256": sha256(args.captions)}
@@ -431,12 +433,24 @@ def main() -> None:
     if world > 1:
         dist.barrier()  # everybody has seen the same list before anybody ticks off a batch
 
-    autocast = torch.autocast(device.type, torch.float16, enabled=args.dtype == "auto" and device.type == "cuda" and encoder.model.dtype == torch.float32)
+    half = args.dtype == "auto" and device.type == "cuda" and encoder.model.dtype == torch.float32
     bar = tqdm(total=int(sum(batches[b][1] - batches[b][0] for b in todo)), unit="caption", desc="embed", smoothing=0.02, disable=rank > 0)
-    start, padding = time.perf_counter(), encoder.tokenizer.pad_token_id or 0
+    start, padding, tokens = time.perf_counter(), encoder.tokenizer.pad_token_id or 0, np.memmap(temporary + ".tokens", np.int32, "r")
 
     def to_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).pin_memory().to(device, non_blocking=True) if device.type == "cuda" else torch.from_numpy(array).to(device)
+        return torch.from_numpy(array).pin_memory().to(device, non_blocking=True) if device.type == "cuda" else torch.from_numpy(array)
+
+    @torch.inference_mode()
+    def encode(batch: int) -> tuple[int, torch.Tensor, "torch.cuda.Event | None"]:
+        captions = first[order[slice(*batches[batch])]]
+        ids = np.full((len(captions), lengths[captions[0]]), padding, np.int64)
+        for row, c in zip(ids, captions):
+            row[:lengths[c]] = tokens[offsets[c]:offsets[c] + lengths[c]]
+        mask = None if lengths[captions[-1]] == ids.shape[1] else to_device((np.arange(ids.shape[1]) < lengths[captions][:, None]).astype(np.int64))
+        with torch.autocast(device.type, torch.float16, enabled=half):
+            vectors = encoder(to_device(ids), mask).to("cpu", non_blocking=True)
+        copied = torch.cuda.current_stream().record_event() if device.type == "cuda" else None
+        return batch, vectors, copied
 
     def store(batch: int, vectors: torch.Tensor, copied: "torch.cuda.Event | None") -> None:
         if copied:
@@ -449,23 +463,21 @@ def main() -> None:
         done[batch] = 1  # after its rows: a kill in between repeats the batch
         bar.update(len(unique))
 
-    pending, tokens = None, np.memmap(temporary + ".tokens", np.int32, "r")  # pending: the batch before, fetched while the GPU works on the next one
-    with torch.inference_mode(), autocast:
+    # On a GPU, a batch is computed while the one before is fetched and written. On a CPU, as many batches side by side as there are
+    # threads, a thread each, are 1.17 times as fast as one batch on all threads.
+    lanes, pending = torch.get_num_threads() if device.type == "cpu" else 1, collections.deque()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    on_gpu = dict(initializer=torch.cuda.set_device, initargs=(device,)) if device.type == "cuda" else {}  # the current GPU is each thread's own
+    with ThreadPoolExecutor(lanes, **on_gpu) as pool:
         for batch in todo:
-            captions = first[order[slice(*batches[batch])]]
-            ids = np.full((len(captions), lengths[captions[0]]), padding, np.int64)
-            for row, c in zip(ids, captions):
-                row[:lengths[c]] = tokens[offsets[c]:offsets[c] + lengths[c]]
-            mask = None if lengths[captions[-1]] == ids.shape[1] else to_device((np.arange(ids.shape[1]) < lengths[captions][:, None]).astype(np.int64))
-            vectors = encoder(to_device(ids), mask).to("cpu", non_blocking=True)
-            copied = torch.cuda.Event() if device.type == "cuda" else None
-            if copied:
-                copied.record()
-            if pending:
-                store(*pending)
-            pending = batch, vectors, copied
-        if pending:
-            store(*pending)
+            pending.append(pool.submit(encode, batch))
+            if len(pending) > 2 * lanes:
+                store(*pending.popleft().result())
+        while pending:
+            store(*pending.popleft().result())
+    if device.type == "cpu":
+        torch.set_num_threads(lanes)
     bar.close()
     rows.flush()
     if world > 1:

@@ -238,8 +238,9 @@ def run_demo(root: Path) -> None:
         return shlex.quote(str(path))
 
     prepare(root, data=(40, 0.6, 0))
-    run(f"caption.py --data {shown(root / 'data/train')} --out {shown(root / 'captions.jsonl')} --model {shown(root / 'mllm')} --prompt '{PROMPT}' --max-new-tokens 16 --batch-size 64 -j 1")
-    run(f"caption.py --data {shown(root / 'data/train')} --out {shown(root / 'captions.jsonl')} --preview {shown(root / 'captions.png')}")
+    describe = f"caption.py --data {shown(root / 'data/train')} --model {shown(root / 'mllm')} --prompt '{PROMPT}' --max-new-tokens 16 --batch-size 64"
+    run(f"{describe} --preview {shown(root / 'captions.png')}")
+    run(f"{describe} --out {shown(root / 'captions.jsonl')}")
     run(f"embed.py --captions {shown(root / 'captions.jsonl')} --out {shown(root / 'embeddings.npy')} --model {shown(root / 'encoder')}")
     common = f"--data {shown(root / 'data')} --arch shufflenet_v2_x0_5 --input-size 64 --epochs 30 -b 50 --lr 0.1 --val-every 5 -j 1 --resume"
     aligned = f"--captions {shown(root / 'captions.jsonl')} --embeddings {shown(root / 'embeddings.npy')} --align-weight 2 --temperature 0.1"

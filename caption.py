@@ -80,6 +80,8 @@ def parse_args() -> argparse.Namespace:
     unknown = [name for prompt in args.prompt for name in re.findall(r"{\w*}", prompt) if name != "{class}"]
     for wrong, sentence in (
             (args.preview and not args.preview.endswith((".png", ".jpg")), "--preview takes a .png or .jpg file"),
+            (args.preview and not os.path.isdir(os.path.dirname(args.preview) or "."), f"--preview {args.preview}: its folder does not exist"),
+            (args.import_file and (args.limit or args.shard != "0/1"), "--import takes the whole folder at once: leave out --limit and --shard"),
             (args.import_file and not args.import_file.endswith((".pth", ".pt", ".txt", ".csv")), "--import takes a .pth, .txt or .csv file"),
             (args.temperature < 0 or not 0 < args.top_p <= 1, "--temperature starts at 0, --top-p lies between 0 and 1"),
             (args.device.startswith("cuda") and not torch.cuda.is_available(), "--device cuda: this machine has no GPU that torch can use"),

@@ -73,6 +73,7 @@ def parse_args() -> argparse.Namespace:
             (not os.path.isdir(os.path.dirname(args.out) or ".") or not args.out.endswith(".npy"), f"--out {args.out}: a name that ends in .npy, in a folder that exists"),
             (args.model.startswith((".", "/")) and not os.path.isdir(args.model), f"--model {args.model}: there is no such folder"),
             (args.captions == args.out.removesuffix(".npy") + ".json", f"--out {args.out}: its description would replace the captions; choose another name"),
+            ((args.lora_rank or args.tune_lr) and not args.tune_epochs, "--lora-rank and --tune-lr do nothing without --tune-epochs"),
             (args.tune_epochs and "WORLD_SIZE" in os.environ, "--tune-epochs runs in one process: tune first, then embed with torchrun and --model DIR")):
         if wrong:
             p.error(sentence)
@@ -246,22 +247,27 @@ def caption_recall(encoder: TextEncoder, pairs: list[list[str]], device: torch.d
     return 50 * float(((a @ b.T).argmax(1) == own).float().mean() + ((b @ a.T).argmax(1) == own).float().mean())
 
 
-def tune(encoder: TextEncoder, args: argparse.Namespace, device: torch.device) -> None:
+def read_pairs(args: argparse.Namespace) -> tuple[list[list[str]], list[list[str]]]:
+    """The different captions of each image that has two, for tuning and held out (a tenth, at most 1000)."""
+    captions_of = {}
+    for image, caption in read_captions(args.captions):
+        captions_of.setdefault(image, {})[caption] = None  # a dict keeps the order and drops repetitions
+    images = [list(captions) for captions in captions_of.values() if len(captions) > 1]
+    random.Random(args.seed).shuffle(images)
+    held_out, images = images[:min(1000, len(images) // 10)], images[min(1000, len(images) // 10):]
+    if len(images) < args.tune_batch or not held_out:
+        raise SystemExit(f"--tune-epochs needs images with two different captions: {len(images) + len(held_out)} of {len(captions_of)} images have them, {args.tune_batch} and a tenth of them to be held out "
+                         "are needed. Give caption.py two --prompt options, or --num-captions 2 --temperature 0.7")
+    return images, held_out
+
+
+def tune(encoder: TextEncoder, args: argparse.Namespace, device: torch.device, images: list[list[str]], held_out: list[list[str]]) -> None:
     """Supervised SimCSE on captions: two different captions of an image attract each other. Saves the encoder to `--tuned-out`."""
     if encoder.clip or encoder.dense or encoder.prompt_tokens or len(encoder.poolings) > 1 or encoder.model.config.is_encoder_decoder:
         raise SystemExit("--tune-epochs takes encoders and decoders with one plain pooling, no projection and no Dense module")
     if not args.lora_rank:
         encoder.float()  # steps of 5e-5 vanish in bfloat16 weights
-    captions_of = {}
-    for image, caption in read_captions(args.captions):
-        captions_of.setdefault(image, {})[caption] = None  # a dict keeps the order and drops repetitions
-    images = [list(captions) for captions in captions_of.values() if len(captions) > 1]
     rng = random.Random(args.seed)
-    rng.shuffle(images)
-    held_out, images = images[:min(1000, len(images) // 10)], images[min(1000, len(images) // 10):]
-    if len(images) < args.tune_batch or not held_out:
-        raise SystemExit(f"--tune-epochs needs images with two different captions: {len(images) + len(held_out)} of {len(captions_of)} images have them, {args.tune_batch} and a tenth of them to be held out "
-                         "are needed. Give caption.py two --prompt options, or --num-captions 2 --temperature 0.7")
     before, steps = caption_recall(encoder, held_out, device), args.tune_epochs * (len(images) // args.tune_batch)
     if device.type == "cuda" and encoder.model.supports_gradient_checkpointing:
         encoder.model.gradient_checkpointing_enable()
@@ -387,11 +393,13 @@ def main() -> None:
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(args.device)
     device = torch.device(args.device)
-    next(read_captions(args.captions), None)  # a missing file or a wrong first line, before the model is loaded
+    for _ in read_captions(args.captions):
+        pass  # a wrong line is found before the model is loaded
+    images, held_out = read_pairs(args) if args.tune_epochs else ([], [])
     identity = {"captions": os.path.basename(args.captions), "captions_sha256": sha256(args.captions)}
     encoder = TextEncoder(args).to(device).eval()
     if args.tune_epochs:
-        tune(encoder, args, device)
+        tune(encoder, args, device, images, held_out)
         args.model, args.revision, args.prefix = args.tuned_out, "main", None
         del encoder
         encoder = TextEncoder(args).to(device).eval()
@@ -411,7 +419,7 @@ def main() -> None:
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)  # equal captions are encoded once
     order = np.lexsort((first, -lengths[first]))  # unique captions, longest first, then in the file's order
     lines = np.argsort(inverse, kind="stable")  # lines grouped by unique caption ...
-    ends = np.cumsum([0, *np.bincount(inverse)])  # ... those of caption u are lines[ends[u]:ends[u + 1]]
+    ends = np.concatenate([[0], np.cumsum(np.bincount(inverse))])  # ... those of caption u are lines[ends[u]:ends[u + 1]]
     del hashes
     batches = plan_batches(lengths[first[order]], args.batch_size, args.batch_tokens)
     width = encoder(torch.tensor([encoder.tokenize(["a"])[0][0]], device=device), None).shape[1]

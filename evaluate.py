@@ -57,6 +57,14 @@ def parse_args() -> argparse.Namespace:
         p.error("--device cuda: this machine has no GPU that torch can use")
     if bool(args.captions) != bool(args.embeddings) or bool(args.class_captions) != bool(args.class_embeddings):
         p.error("--captions and --embeddings go together, and so do --class-captions and --class-embeddings")
+    names = torchvision.models.list_models(module=torchvision.models)
+    for file in args.checkpoints:  # all of them, before the first is evaluated
+        if file not in names and not os.path.exists(file):
+            close = difflib.get_close_matches(file, names)
+            p.error(f"{file}: no such checkpoint, and no torchvision model of that name" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+    for file in filter(None, (args.out, args.predictions)):
+        if not os.path.isdir(os.path.dirname(file) or "."):
+            p.error(f"{file}: its folder does not exist")
     if (args.captions or args.class_captions) and len(args.data) > 1:
         p.error("captions belong to one folder: give one --data")
     return args
@@ -84,8 +92,7 @@ class Images(Dataset):
 
 def load_checkpoint(file: str, ema: bool) -> tuple[nn.Module, dict]:
     """The plain model with its weights (strictly), and the checkpoint's other entries; "transform" is the preprocessing."""
-    names = torchvision.models.list_models(module=torchvision.models)
-    if file in names:
+    if file in torchvision.models.list_models(module=torchvision.models):
         weights = torchvision.models.get_model_weights(file).DEFAULT
         transform = weights.transforms()
         try:
@@ -94,9 +101,6 @@ def load_checkpoint(file: str, ema: bool) -> tuple[nn.Module, dict]:
             raise SystemExit(f"{file}: its published weights cannot be downloaded: {error}")
         return model, {
             "arch": file, "epoch": "", "selected": str(weights), "classes": None, "transform": transform, "input_size": transform.crop_size[0], "settings": {"published": file}}
-    if not os.path.exists(file):
-        close = difflib.get_close_matches(file, names)
-        raise SystemExit(f"{file}: no such checkpoint, and no torchvision model of that name" + (f"; did you mean {' or '.join(close)}?" if close else ""))
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         weights = state["ema"] if ema else state["model"]

@@ -458,11 +458,10 @@ def global_mean(losses: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, mixing: torch.Tensor | None = None, smoothing: float = 0.0) -> torch.Tensor:
     """Mean cross-entropy in float32 over labelled images. logits [n, K]; labels [n], -1 = none; mixing [n, n]: image i is made of
     mixing[i, j] of image j, and so is its label."""
-    log_p = F.log_softmax(logits.float(), dim=1)
     targets = F.one_hot(labels.clamp(min=0), logits.shape[1]).float() * (labels >= 0)[:, None]
     targets = targets if mixing is None else mixing @ targets
     mass = targets.sum(1)
-    return global_mean((1 - smoothing) * -(targets * log_p).sum(1) - smoothing * mass * log_p.mean(1), mass)
+    return global_mean(mass * F.cross_entropy(logits.float(), targets / mass.clamp(min=1e-6)[:, None], label_smoothing=smoothing, reduction="none"), mass)
 
 
 def soft_info_nce(queries: torch.Tensor, keys: torch.Tensor, targets: torch.Tensor, key_mask: torch.Tensor, temperature) -> torch.Tensor:
@@ -637,6 +636,11 @@ def main() -> None:
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     lead = rank == 0
     say = print if lead else (lambda *_: None)
+    last, log_file = os.path.join(args.out, "last.pt"), os.path.join(args.out, "log.jsonl")
+    if os.path.exists(last) and not args.resume:
+        raise SystemExit(f"{last} exists: continue that run with --resume, or choose another --out")
+    if isinstance(args.resume, str) and not os.path.exists(args.resume):
+        raise SystemExit(f"--resume {args.resume}: no such file")
 
     # everything that can be wrong with the input is found before the first step
     train_folder, val_folder = os.path.join(args.data, "train"), os.path.join(args.data, "val")
@@ -685,15 +689,12 @@ def main() -> None:
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True) if args.ema_decay else None
 
     os.makedirs(args.out, exist_ok=True)
-    last, log_file = os.path.join(args.out, "last.pt"), os.path.join(args.out, "log.jsonl")
-    if os.path.exists(last) and not args.resume:
-        raise SystemExit(f"{last} exists: continue that run with --resume, or choose another --out")
     settings = {k: v for k, v in vars(args).items() if k not in ("data", "out", "captions", "embeddings", "workers", "device", "resume", "compile")}
     settings |= {"amp": str(amp), "world_size": world, "text": captions.identity if captions else None}
     log = [{"config": vars(args) | settings, "git": git_commit(), "versions": {m.__name__: str(m.__version__) for m in (torch, torchvision, transformers, np)}, "python": sys.version.split()[0]}]
     first_epoch, best = 0, -1.0
     checkpoint = last if args.resume is True else args.resume
-    if checkpoint and (os.path.exists(checkpoint) or args.resume is not True):
+    if checkpoint and os.path.exists(checkpoint):
         try:
             state = torch.load(checkpoint, map_location=args.device, weights_only=True)
         except Exception as error:

@@ -261,25 +261,19 @@ class Batches(Dataset):
                 errors[i] = first_line(error)
         try:
             return errors, self.encode(images)
-        except Exception:  # one of them is too odd for the processor (1 x 4000 pixels, say): find out which
-            for i in list(images):
-                try:
-                    self.encode({i: images[i]})
-                except Exception as error:
-                    errors[i] = first_line(error)
-                    del images[i]
-            return errors, self.encode(images)
+        except Exception as error:  # one of them is too odd for the processor (1 x 4000 pixels, say): describe() finds out which
+            return errors, [(number, list(images), first_line(error)) for number in range(len(self.args.prompt))]
 
     def __getitem__(self, item: int):
         return self.todo[item], *self.read(list(images_of(self.todo[item], self.args.batch_size, len(self.keys))))
 
     def describe(self, requests: list, captions: dict[tuple[int, int], list[str]], errors: dict[int, str], timer: collections.Counter) -> None:
         """Fill captions[image index, prompt's number]; a batch that does not fit into memory, or holds an image that the model cannot
-        take, is halved and tried again, until that image is alone in `errors`."""
+        take (`inputs` is the sentence that says so), is halved and tried again, until that image is alone in `errors`."""
         for number, indices, inputs in requests:
-            start, problem = time.perf_counter(), None
+            start, problem = time.perf_counter(), inputs if isinstance(inputs, str) else None
             try:
-                texts, new_tokens = self.describer.generate(inputs)
+                texts, new_tokens = ([], 0) if problem else self.describer.generate(inputs)
             except (torch.OutOfMemoryError, ValueError, IndexError) as error:
                 problem = first_line(error)
             timer["generate"] += time.perf_counter() - start

@@ -564,6 +564,26 @@ class Captioning(Base):
         self.assertEqual([line["caption"] for line in read_lines(TMP / "oom.jsonl")], want)
         self.assertFalse((TMP / "oom.jsonl.failed").exists())
 
+    def test_odd_image_and_added_images(self):
+        from caption import Describer, load_image
+        keys = [json.loads(line)["image"] for line in self.whole.splitlines()]
+        odd, encode = load_image(str(WORLD / "train" / keys[5])).tobytes(), Describer.encode
+
+        def picky(describer, images, prompts):
+            if any(image.tobytes() == odd for image in images):
+                raise ValueError("too odd")
+            return encode(describer, images, prompts)
+
+        with unittest.mock.patch.object(Describer, "encode", picky):
+            call("caption", *self.options("picky.jsonl", "--batch-size", 4))
+        self.assertEqual([line["image"] for line in read_lines(TMP / "picky.jsonl")], keys[:5] + keys[6:])
+        self.assertEqual(read_lines(TMP / "picky.jsonl.failed"), [{"image": keys[5], "error": "ValueError: too odd"}])
+        shutil.copytree(WORLD / "train", TMP / "grown")
+        (TMP / "grown" / "a_first_class").mkdir()
+        shutil.copy(WORLD / "train" / keys[0], TMP / "grown" / "a_first_class" / "new.png")
+        write_lines(TMP / "grown.jsonl", [json.loads(line) for line in self.whole.splitlines()][::2])
+        self.refused("batches lack captions: were images added", "caption", *self.options("grown.jsonl", "--data", TMP / "grown"))
+
     def test_full_disk(self):
         def small_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
@@ -627,6 +647,10 @@ class Captioning(Base):
         template = ["--data", WORLD / "train", "--model", "template", "--prompt", "a photo of a {class}"]
         call("caption", *template, "--out", TMP / "template.jsonl")
         self.assertEqual(read_lines(TMP / "template.jsonl")[0]["caption"], "a photo of a purple cross")
+        shutil.copytree(WORLD / "train", TMP / "part")
+        (TMP / "part" / "red_circle").rename(TMP / "part" / "_unlabeled")
+        self.assertIn("18 captions", call("caption", *template, "--data", TMP / "part", "--out", TMP / "part.jsonl"))  # the nameless have none
+        self.refused("have no class to be named", "caption", *self.options("x.jsonl", "--data", TMP / "part", "--prompt", "a {class}"))
         names = TMP / "words.txt"
         names.write_text("".join(f"{name}\tfancy {i}, other name\n" for i, name in enumerate(CLASSES)))
         call("caption", *template, "--out", TMP / "named.jsonl", "--class-names", names)
@@ -648,6 +672,10 @@ class Captioning(Base):
             printed = call("caption", "--data", WORLD / "train", "--out", out, "--import", TMP / f"published.{ending}")
             self.assertEqual([(line["image"], line["caption"]) for line in read_lines(out)], want, ending)
         self.assertIn("1 of 25 rows", printed)
+        with (TMP / "other.csv").open("w") as stream:  # the same file names in other classes are other images
+            stream.write(f"path,text\n{keys[0]},right\n" + "".join(f"horse/{key.split('/')[1]},wrong\n" for key in keys))
+        call("caption", "--data", WORLD / "train", "--out", TMP / "other-classes.jsonl", "--import", TMP / "other.csv")
+        self.assertEqual([(line["image"], line["caption"]) for line in read_lines(TMP / "other-classes.jsonl")], [(keys[0], "right")])
         torch.save(texts[1:], TMP / "short.pth")
         self.refused("23 captions, but --data has 24 images", "caption", "--data", WORLD / "train", "--out", TMP / "x.jsonl", "--import", TMP / "short.pth")
         torch.save(Base, TMP / "code.pth")
@@ -978,6 +1006,14 @@ class Training(Base):
         self.assertIn("24 training images (19 with captions", printed)
         self.assertIn("1 captions belong to no image", printed)
         self.assertIn(f"1 unreadable images left out: '{broken.relative_to(world / 'train')}'", printed)
+
+    def test_shuffled_captions(self):
+        import train
+        keys = [line["image"] for line in read_lines(CAPTIONS)]
+        straight, one, same, two = (train.Captions(CAPTIONS, str(EMBEDDINGS), keys, seed).rows.tolist() for seed in (None, 1, 1, 2))
+        self.assertEqual(straight, list(range(24)))
+        self.assertEqual((one, sorted(one)), (same, straight))
+        self.assertTrue(one != straight and one != two)
 
     def test_unlabelled_images(self):
         world = TMP / "unlabelled"

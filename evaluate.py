@@ -1,9 +1,11 @@
 """Top-1, top-5 and how well the alignment worked, of one or more checkpoints: stage 4 of 4 (caption -> embed -> train -> evaluate).
 
 In:  CHECKPOINT ...     what train.py wrote (last.pt, best.pt), or the name of a torchvision model: its published weights
-     --data [NAME=]DIR  ImageNet-style folder(s), DIR/<class>/<image>; classes are matched by name, a subset of the checkpoint's is
-                        evaluated among all of them; numeric folder names (ImageNet-V2) are class indices
-Out: a Markdown table per folder; the difference is to the first row, with its 95 % interval over the images, which both rows saw
+     --data [NAME=]DIR  ImageNet-style folder(s), DIR/<class>/<image>; classes are matched by name, numeric folder names (ImageNet-V2)
+                        are class indices
+Out: a Markdown table per folder; the difference is to the first row, with its 95 % interval over the images, which both rows saw.
+     Predictions are among all of a checkpoint's classes; for a folder with some of them only, a column more is among these
+     (which is how ImageNet-A and ImageNet-R are published)
 
 Launch:
     python evaluate.py --data imagenet/val runs/baseline/last.pt runs/aligned/last.pt
@@ -34,6 +36,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
+
+NUMBERED = [str(i) for i in range(1000)]
 
 
 def parse_args() -> argparse.Namespace:
@@ -132,28 +136,24 @@ def head_from_weights(weights: dict[str, torch.Tensor]) -> nn.Module:
     return head.eval()
 
 
-def match_classes(folder: ImageFolder, classes: list[str] | None, checkpoint: str) -> list[tuple[str, int]]:
+def match_classes(folder: ImageFolder, classes: list[str], checkpoint: str) -> list[tuple[str, int]]:
     """The folder's samples with the checkpoint's class indices."""
-    if classes is None and all(name.isdigit() for name in folder.classes):
-        classes = [str(i) for i in range(1000)]
-    elif classes is None and len(folder.classes) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in folder.classes):
-        classes = folder.classes
-    if classes is None:
-        raise SystemExit(f"{folder.root}: published ImageNet weights need its 1000 class folders, or numeric folder names; it has {len(folder.classes)} folders")
     index = {name: i for i, name in enumerate(classes)}
     if all(name.isdigit() and name not in index and int(name) < len(classes) for name in folder.classes):
         index = {name: int(name) for name in folder.classes}
     unknown = [name for name in folder.classes if name not in index]
     if unknown:
-        raise SystemExit(f"{folder.root} has {len(unknown)} class(es) that {checkpoint} does not know, the first is '{unknown[0]}'")
+        raise SystemExit(f"{folder.root} has {len(unknown)} class(es) that {checkpoint} does not know, the first is '{unknown[0]}'"
+                         + "; published weights know class folders by number, or by name if one of the --data folders has all 1000 of ImageNet" * (classes == NUMBERED))
     return [(path, index[folder.classes[label]]) for path, label in folder.samples]
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 @torch.inference_mode()
-def predict(model: nn.Module, head: nn.Module | None, loader: DataLoader, device: str, total: int, quiet: bool) -> dict[str, np.ndarray]:
-    """Arrays over the folder's images: "label" (-1: unreadable), "prediction", "probability", "top5" (bool), with a head "feature" [N, D]."""
+def predict(model: nn.Module, classes: list[int], head: nn.Module | None, loader: DataLoader, device: str, total: int, quiet: bool) -> dict[str, np.ndarray]:
+    """Arrays over the folder's images: "label" (-1: unreadable), "prediction", "probability", "top5" (bool), "among" (the prediction
+    among `classes`, the folder's indices), with a head "feature" [N, D]."""
     model, found, features = model.to(device, memory_format=torch.channels_last).eval(), [], []
     if head is not None:
         last = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
@@ -161,9 +161,10 @@ def predict(model: nn.Module, head: nn.Module | None, loader: DataLoader, device
         head.to(device)
     for images, labels, indices in tqdm(loader, unit="batch", disable=quiet, leave=False):
         output = model(images.to(device, non_blocking=True, memory_format=torch.channels_last))
-        probabilities = getattr(output, "logits", output).float().softmax(1)
-        top = probabilities.topk(min(5, probabilities.shape[1]), dim=1)
-        batch = {"index": indices, "label": labels, "prediction": top.indices[:, 0], "probability": top.values[:, 0], "top5": (top.indices == labels.to(device)[:, None]).any(1)}
+        logits, some = getattr(output, "logits", output).float(), torch.tensor(classes, device=device)
+        labels = labels.to(device, non_blocking=True)
+        batch = {"index": indices, "label": labels, "prediction": logits.argmax(1), "probability": logits.softmax(1).amax(1),
+                 "top5": (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).any(1), "among": some[logits[:, some].argmax(1)]}
         if head is not None:
             feature = features.pop()
             batch["feature"] = F.normalize(head(feature.flatten(2).mean(2) if feature.ndim == 4 else feature), dim=1)
@@ -254,6 +255,7 @@ def main() -> None:
             folders[name or directory] = ImageFolder(directory)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise SystemExit(f"--data {option}: {error}")
+    imagenet = next((f.classes for f in folders.values() if len(f.classes) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in f.classes)), NUMBERED)
     results, predictions = [], []
     for file in args.checkpoints:
         model, state = load_checkpoint(file, args.ema)
@@ -267,22 +269,25 @@ def main() -> None:
                 if captions and (found := read_text(captions, embeddings)[1].shape[1]) != width:
                     raise SystemExit(f"{embeddings} has width {found}, the head of {file} {width}: embed with the encoder of the training")
         for name, folder in folders.items():
-            samples = match_classes(folder, state["classes"], file)
+            classes = state["classes"] or imagenet
+            samples = match_classes(folder, classes, file)
+            present = sorted({label for _, label in samples})
             images = Images(samples, range(rank, len(samples), world), state["transform"], state["input_size"])
             loader = DataLoader(images, args.batch_size, num_workers=args.workers, pin_memory=args.device.startswith("cuda"))
             start = time.perf_counter()
-            found = predict(model, head, loader, args.device, len(samples), quiet=rank > 0)
+            found = predict(model, present, head, loader, args.device, len(samples), quiet=rank > 0)
             speed = len(samples) / (time.perf_counter() - start)
             readable = found["label"] >= 0
             if not readable.any():
                 raise SystemExit(f"no image of {folder.root} can be read")
-            hit = found["prediction"] == found["label"]
+            hit, among = (found[guess] == found["label"] for guess in ("prediction", "among"))
             if rank == 0:
                 for index in np.flatnonzero(~readable)[:5]:
                     print(f"unreadable, not counted: {samples[index][0]!r}")
                 results.append({
                     "checkpoint": file, "data": name, "arch": state["arch"], "epoch": state["epoch"], "selected": state["selected"], "images": int(readable.sum()),
                     "unreadable": int((~readable).sum()), "top1": 100 * hit[readable].mean(), "top5": 100 * found["top5"][readable].mean(),
+                    "classes": len(present), "of_classes": len(classes), "top1_among_these": 100 * among[readable].mean(),
                     "parameters": sum(p.numel() for p in model.parameters()), "images_per_s": speed, "settings": state["settings"], "ema": args.ema,
                     "text": text_measures(args, found["feature"], folder, readable) if head else {}, "hit": hit, "readable": readable})
                 if args.predictions:
@@ -305,16 +310,17 @@ def report(args: argparse.Namespace, results: list[dict], names: list[str]) -> N
         rows = [result for result in results if result["data"] == name]
         if len(names) > 1:
             print(f"\n**{name}**\n")
-        lines, groups = [], {}
+        lines, groups, subset = [], {}, any(row["classes"] < row["of_classes"] for row in rows)
         for row in rows:
             both = rows[0]["readable"] & row["readable"]
             row["difference"], row["interval"] = paired_difference(rows[0]["hit"][both], row["hit"][both]) if row is not rows[0] else (0.0, 0.0)
             difference = "" if row is rows[0] else f"{row['difference']:+.2f} +- {row['interval']:.2f}"
             lines.append([row["checkpoint"], row["arch"], row["epoch"], row["selected"], row["images"], f"{row['top1']:.2f}", f"{row['top5']:.2f}", difference,
-                          *(f"{value:.2f}" for value in row["text"].values()), f"{row['parameters'] / 1e6:.2f}", f"{row['images_per_s']:.0f}"])
+                          *[f"{row['top1_among_these']:.2f}"] * subset, *(f"{value:.2f}" for value in row["text"].values()), f"{row['parameters'] / 1e6:.2f}", f"{row['images_per_s']:.0f}"])
             same = {key: value for key, value in row["settings"].items() if key != "seed"} | {"selected": row["selected"], "epoch": row["epoch"]}
             groups.setdefault(json.dumps(same, sort_keys=True), []).append(row)
-        print_table(["checkpoint", "arch", "epoch", "selected", "images", "top-1 %", "top-5 %", "difference", *rows[0]["text"], "M parameters", "images/s"], lines)
+        print_table(["checkpoint", "arch", "epoch", "selected", "images", "top-1 %", "top-5 %", "difference", *[f"top-1 % among these {rows[0]['classes']} classes"] * subset,
+                     *rows[0]["text"], "M parameters", "images/s"], lines)
         if any(len({row["settings"].get("seed") for row in group}) > 1 for group in groups.values()):
             print()
             first = statistics.mean(row["top1"] for row in next(iter(groups.values())))

@@ -1057,7 +1057,20 @@ class Evaluation(Base):
 
     def test_subset_by_name_and_unknown_class(self):
         shutil.copytree(WORLD / "val/purple_star", TMP / "subset/purple_star", dirs_exist_ok=True)
-        self.assertIn("| 5 |", self.evaluate("--data", TMP / "subset", TMP / "judged/last.pt"))
+        shutil.copytree(WORLD / "val/red_circle", TMP / "subset/red_circle", dirs_exist_ok=True)
+        printed = self.evaluate("--data", TMP / "subset", TMP / "judged/last.pt", "--out", TMP / "subset.jsonl")
+        state = torch.load(TMP / "judged/last.pt", weights_only=True)
+        model = torchvision.models.squeezenet1_1(num_classes=4).eval()
+        model.load_state_dict(state["model"])
+        preset = torchvision.transforms._presets.ImageClassification(crop_size=32, resize_size=round(32 / 0.875))
+        folder = torchvision.datasets.ImageFolder(TMP / "subset", preset)
+        with torch.inference_mode():
+            logits = torch.cat([model(image[None]) for image, _ in folder])
+        two = torch.tensor([state["classes"].index(name) for name in folder.classes])
+        labels, result = two[torch.tensor(folder.targets)], read_lines(TMP / "subset.jsonl")[0]
+        self.assertAlmostEqual(result["top1"], 100 * (logits.argmax(1) == labels).float().mean().item(), places=4)
+        self.assertAlmostEqual(result["top1_among_these"], 100 * (two[logits[:, two].argmax(1)] == labels).float().mean().item(), places=4)
+        self.assertIn("top-1 % among these 2 classes", printed)
         shutil.copytree(WORLD / "val/purple_star", TMP / "strange/pink_star", dirs_exist_ok=True)
         self.refused("does not know, the first is 'pink_star'", "evaluate", "-j", 0, "--data", TMP / "strange", TMP / "judged/last.pt")
 
@@ -1113,7 +1126,7 @@ class Evaluation(Base):
         with unittest.mock.patch("torchvision.models.get_model", lambda *args, **kwargs: model):  # the published weights are not to be had offline
             printed = self.evaluate("--data", TMP / "numeric", "squeezenet1_1")
             self.assertIn("SqueezeNet1_1_Weights.IMAGENET1K_V1 | 20 |", printed)
-            self.refused("published ImageNet weights need its 1000 class folders", "evaluate", "-j", 0, "--device", "cpu", "--data", WORLD / "val", "squeezenet1_1")
+            self.refused("has 4 class.* published weights know class folders by number", "evaluate", "-j", 0, "--device", "cpu", "--data", WORLD / "val", "squeezenet1_1")
 
     def test_refusals(self):
         torch.save({"model": Base}, TMP / "code.pt")

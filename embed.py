@@ -431,6 +431,9 @@ def main() -> None:
             if os.path.exists(temporary + ".plan"):
                 os.remove(temporary + ".plan")  # first: a plan never stands beside rows of another
             np.lib.format.open_memmap(temporary, "w+", args.out_dtype, (len(lengths), width)).flush()
+            if hasattr(os, "posix_fallocate"):  # a disk without room for all rows says so now: later, the memory map would kill the process
+                with open(temporary, "r+b") as stream:
+                    os.posix_fallocate(stream.fileno(), 0, os.path.getsize(temporary))
             np.zeros(len(batches), np.uint8).tofile(temporary + ".done")
             write_json(temporary + ".plan", plan)
     if world > 1:

@@ -426,6 +426,13 @@ class Base(unittest.TestCase):
         self.assertRegex(str(caught.exception.code), pattern)
         self.assertNotIn("\n", str(caught.exception.code))
 
+    def fills_the_disk(self, size: int, pattern: str, script: str, *options) -> None:
+        """With files limited to `size` bytes: the sentence, no traceback, exit code 1."""
+        result = subprocess.run(command(script, *options), capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+        self.assertEqual(result.returncode, 1)
+        self.assertRegex(result.stderr.splitlines()[-1], pattern)
+        self.assertNotIn("Traceback", result.stderr)
+
     def same_weights(self, a: str, b: str, **tolerance) -> None:
         for (name, x), y in zip(weights_of(a).items(), weights_of(b).values(), strict=True):
             if tolerance:
@@ -585,13 +592,7 @@ class Captioning(Base):
         self.refused("batches lack captions: were images added", "caption", *self.options("grown.jsonl", "--data", TMP / "grown"))
 
     def test_full_disk(self):
-        def small_disk():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-
-        result = subprocess.run(command("caption", *self.options("full.jsonl")), capture_output=True, text=True, preexec_fn=small_disk)
-        self.assertEqual(result.returncode, 1)
-        self.assertRegex(result.stderr.splitlines()[-1], "File too large; what is complete on the disk stays: start the same command again")
-        self.assertNotIn("Traceback", result.stderr)
+        self.fills_the_disk(2000, "File too large; what is complete on the disk stays: start the same command again", "caption", *self.options("full.jsonl"))
         self.assertLess(lines_in(TMP / "full.jsonl"), 24)
         call("caption", *self.options("full.jsonl"))
         self.assertEqual((TMP / "full.jsonl").read_bytes(), self.whole)
@@ -949,6 +950,11 @@ class Training(Base):
         self.assertEqual([entry.get("loss_ce") for entry in read_lines(log)], [entry.get("loss_ce") for entry in read_lines(TMP / "straight" / "log.jsonl")])
         self.refused("settings differ.*lr", "train", *train_options("resumed", *more, "--resume", "--lr", 0.02))
         call("train", *train_options("elsewhere", *more, "--resume", TMP / "resumed" / "last.pt"))
+
+    def test_full_disk(self):
+        self.fills_the_disk(1_000_000, "full/best.pt: cannot be written, is the disk full.*what was saved stays: start again with --resume", "train", *train_options("full", "--epochs", 1))
+        self.assertFalse((TMP / "full" / "last.pt").exists())
+        call("train", *train_options("full", "--epochs", 1, "--resume"))
 
     def test_two_processes_give_the_weights_of_one(self):
         """squeezenet has no batch norm; its dropout is the one thing that differs: switched off."""

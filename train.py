@@ -618,7 +618,10 @@ def make_schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace):
 
 
 def save(state: dict, file: str) -> None:
-    torch.save(state, file + ".tmp")
+    try:
+        torch.save(state, file + ".tmp")
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(None, f"cannot be written, is the disk full? ({str(error).splitlines()[0]})", file)
     os.replace(file + ".tmp", file)
 
 

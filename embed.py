@@ -11,7 +11,7 @@ Launch:
     python embed.py --captions captions.jsonl --model meta-llama/Llama-3.2-1B --tune-epochs 1 --lora-rank 16 --tuned-out tuned    # LLM2CLIP
 
 Kill it at any moment and run the same line again: it goes on with the batches that are missing (tuning starts over). Memory does not
-grow with the captions (tuning holds them all): token ids wait in a file, rows go through a memory map; an index of some 70 bytes per
+grow with the captions (tuning holds them all): token ids wait in a file, rows go through a memory map; an index of some 50 bytes per
 caption stays in memory.
 """
 import argparse
@@ -131,6 +131,9 @@ class TextEncoder(nn.Module):
         missing = [name for name in loaded["missing_keys"] if "pooler" not in name and not name.startswith("decoder.")]  # parts that are not used here
         if missing:
             raise SystemExit(f"--model {args.model}: its files have no weights for {len(missing)} parts, {min(missing)} for one: embeddings would be random")
+        for name, parameter in self.model.named_parameters():
+            if name in loaded["missing_keys"]:
+                nn.init.zeros_(parameter)  # unused; random, it would make the same model another one each time it is loaded
         self.clip = hasattr(self.model, "get_text_features") and modules is None
         self.fill = self.clip and "siglip" in config.model_type  # it was trained on padding up to the full length, unmasked
         if config.is_encoder_decoder:

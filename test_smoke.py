@@ -242,7 +242,7 @@ def run_demo(root: Path) -> None:
     run(f"{describe} --preview {shown(root / 'captions.png')}")
     run(f"{describe} --out {shown(root / 'captions.jsonl')}")
     run(f"embed.py --captions {shown(root / 'captions.jsonl')} --out {shown(root / 'embeddings.npy')} --model {shown(root / 'encoder')}")
-    common = f"--data {shown(root / 'data')} --arch shufflenet_v2_x0_5 --input-size 64 --epochs 30 -b 50 --lr 0.1 --val-every 5 -j 1 --resume"
+    common = f"--data {shown(root / 'data')} --arch shufflenet_v2_x0_5 --input-size 64 --epochs 30 -b 50 --lr 0.1 --val-every 5 --seed 1 -j 1 --resume"
     aligned = f"--captions {shown(root / 'captions.jsonl')} --embeddings {shown(root / 'embeddings.npy')} --align-weight 2 --temperature 0.1"
     run(f"train.py {common} --out {shown(root / 'runs/baseline')}")
     run(f"train.py {common} --out {shown(root / 'runs/aligned')} {aligned}")
@@ -510,6 +510,14 @@ class Captioning(Base):
         self.assertEqual(out.read_bytes(), self.whole)
         self.assertEqual(list(TMP.glob("*.part-*")), [])
 
+    def test_the_fullest_copy_of_a_batch_wins(self):
+        first, second = (json.loads(line) for line in self.whole.splitlines()[:2])
+        write_lines(TMP / "copies.jsonl.part-0-of-2", [first, second])
+        write_lines(TMP / "copies.jsonl", [{"image": first["image"], "error": "was not to be read"}, second])
+        call("caption", *self.options("copies.jsonl"))
+        self.assertEqual((TMP / "copies.jsonl").read_bytes(), self.whole)
+        self.assertFalse((TMP / "copies.jsonl.failed").exists())
+
     def test_limit_then_all(self):
         call("caption", *self.options("limit.jsonl", "--limit", 5))
         self.assertEqual(lines_in(TMP / "limit.jsonl"), 5)
@@ -677,6 +685,10 @@ class Captioning(Base):
             stream.write(f"path,text\n{keys[0]},right\n" + "".join(f"horse/{key.split('/')[1]},wrong\n" for key in keys))
         call("caption", "--data", WORLD / "train", "--out", TMP / "other-classes.jsonl", "--import", TMP / "other.csv")
         self.assertEqual([(line["image"], line["caption"]) for line in read_lines(TMP / "other-classes.jsonl")], [(keys[0], "right")])
+        with (TMP / "other.csv").open("w") as stream:  # another root: matched by class folder and file name, not by the file name alone
+            stream.write(f"path,text\n/elsewhere/{keys[0]},right\nhorse/{keys[1].split('/')[1]},wrong\n")
+        call("caption", "--data", WORLD / "train", "--out", TMP / "other-root.jsonl", "--import", TMP / "other.csv")
+        self.assertEqual([(line["image"], line["caption"]) for line in read_lines(TMP / "other-root.jsonl")], [(keys[0], "right")])
         torch.save(texts[1:], TMP / "short.pth")
         self.refused("23 captions, but --data has 24 images", "caption", "--data", WORLD / "train", "--out", TMP / "x.jsonl", "--import", TMP / "short.pth")
         torch.save(Base, TMP / "code.pth")
@@ -794,8 +806,16 @@ class Embedding(Base):
         kill_when(lambda: done.exists() and any(done.read_bytes()), "embed", *options)
         self.assertFalse((TMP / "killed.npy").exists())
         self.assertFalse(all(done.read_bytes()))
+        rows = np.lib.format.open_memmap(TMP / "killed.npy.tmp", "r+")
+        finished = int(np.flatnonzero(rows.any(1))[0])
+        rows[finished] *= -1  # a mark: what was done is not done again
+        del rows
         shell("embed", *options, processes=2)
-        self.assertEqual((TMP / "killed.npy").read_bytes(), (TMP / "whole.npy").read_bytes())
+        found, want = np.load(TMP / "killed.npy"), np.load(TMP / "whole.npy")
+        self.assertTrue(np.array_equal(found[finished], -want[finished]))
+        found[finished] *= -1
+        self.assertTrue(np.array_equal(found, want))
+        self.assertIn("nothing to do", call("embed", *options))
         self.assertEqual(list(TMP.glob("killed.npy.tmp*")), [])
 
     def test_refusals(self):
@@ -949,6 +969,9 @@ class Training(Base):
         self.assertEqual([entry.get("epoch") for entry in read_lines(log)], [None, 1, 2, 3, 4])
         self.assertEqual([entry.get("loss_ce") for entry in read_lines(log)], [entry.get("loss_ce") for entry in read_lines(TMP / "straight" / "log.jsonl")])
         self.refused("settings differ.*lr", "train", *train_options("resumed", *more, "--resume", "--lr", 0.02))
+        shutil.copytree(WORLD, TMP / "fewer")
+        next((TMP / "fewer" / "train").rglob("*.png")).unlink()
+        self.refused("settings differ.*images 24 .* -> 23 ", "train", *train_options("resumed", *more, "--resume", "--data", TMP / "fewer"))
         call("train", *train_options("elsewhere", *more, "--resume", TMP / "resumed" / "last.pt"))
 
     def test_full_disk(self):
@@ -1099,7 +1122,17 @@ class Evaluation(Base):
         self.assertIn(f"| 3 | {runs[0]} | {np.mean(top1):.2f} +- {np.std(top1, ddof=1):.2f} |", printed)
         lines = [line for line in read_lines(TMP / "predictions.jsonl") if line["checkpoint"] == str(runs[1])]
         self.assertAlmostEqual(100 * np.mean([line["label"] == line["prediction"] for line in lines]), top1[1])
-        self.assertEqual({line["image"] for line in lines}, {str(path.relative_to(WORLD / "val")) for path in (WORLD / "val").rglob("*.png")})
+        self.assertEqual({(line["image"], line["label"]) for line in lines}, {(f"{path.parent.name}/{path.name}", path.parent.name) for path in (WORLD / "val").rglob("*.png")})
+
+    def test_groups_of_seeds(self):
+        import evaluate
+        rows = [dict(checkpoint=f"{name}-{seed}", data="val", arch="a", epoch=1, selected="last epoch", images=9, top1=top1, top5=0, difference=0, interval=0, classes=4, of_classes=4,
+                     top1_among_these=0, text={}, parameters=1, images_per_s=1, settings={"name": name, "seed": seed})
+                for name, found in (("plain", {1: 10.0, 2: 14.0}), ("aligned", {1: 16.0, 2: 18.0, 3: 50.0})) for seed, top1 in found.items()]
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            evaluate.report([*rows, rows[0]], ["val"])  # a run that is named twice counts once
+        self.assertIn("| 2 | plain-1 | 12.00 +- 2.83 |  |", printed.getvalue())
+        self.assertIn("| 3 | aligned-1 | 28.00 +- 19.08 | +5.00 +- 1.41 |", printed.getvalue())
 
     def test_retrieval_and_zero_shot(self):
         import evaluate
@@ -1119,6 +1152,13 @@ class Evaluation(Base):
         self.assertRegex(printed, r"image->text R@1 .* text->image R@10 . zero-shot top-1")
         call("train", *train_options("plain", "--epochs", 1, text=False))
         self.refused("no projection head", "evaluate", "-j", 0, "--data", WORLD / "val", TMP / "plain/last.pt", *text)
+        write_lines(TMP / "some.jsonl", [line for line in read_lines(TMP / "val.jsonl") if "red" not in line["caption"]])
+        save_text_encoder(TMP / "another", seed=7)
+        for name, encoder in ("some", ENCODER), ("val", TMP / "another"):
+            call("embed", "--captions", TMP / f"{name}.jsonl", "--out", TMP / f"{name}2.npy", "--model", encoder)
+        options = ["evaluate", "-j", 0, "--device", "cpu", "--data", WORLD / "val", TMP / "judged/last.pt"]
+        self.refused("2 class.* have none, the first is 'red_circle'", *options, "--class-captions", TMP / "some.jsonl", "--class-embeddings", TMP / "some2.npy")
+        self.refused("val2.npy has weights_sha256", *options, "--captions", TMP / "val.jsonl", "--embeddings", TMP / "val2.npy")
 
     def test_several_folders_numeric_names_and_published_weights(self):
         classes = sorted(CLASSES[:2] + CLASSES[-2:])
@@ -1128,15 +1168,29 @@ class Evaluation(Base):
         rows = [line.split("|")[5:8] for line in printed.splitlines() if "last.pt" in line]
         self.assertEqual(rows[0], rows[1])
         self.assertIn("**v2**", printed)
+        self.refused("two folders of this name", "evaluate", "--data", f"v={WORLD / 'val'}", "--data", f"v={TMP / 'numeric'}", TMP / "judged/last.pt")
         model = torchvision.models.squeezenet1_1()
         with unittest.mock.patch("torchvision.models.get_model", lambda *args, **kwargs: model):  # the published weights are not to be had offline
             printed = self.evaluate("--data", TMP / "numeric", "squeezenet1_1")
             self.assertIn("SqueezeNet1_1_Weights.IMAGENET1K_V1 | 20 |", printed)
             self.refused("has 4 class.* published weights know class folders by number", "evaluate", "-j", 0, "--device", "cpu", "--data", WORLD / "val", "squeezenet1_1")
 
+    def test_one_bad_image(self):
+        shutil.copytree(WORLD / "val", TMP / "damaged")
+        broken = next((TMP / "damaged").rglob("*.png"))
+        broken.write_bytes(b"nothing")
+        (TMP / "damaged" / "red_circle" / "no image.txt").touch()
+        printed = self.evaluate("--data", TMP / "damaged", TMP / "judged/last.pt", "--predictions", TMP / "damaged.jsonl")
+        self.assertIn(f"1 unreadable images, not counted: '{broken}'", printed)
+        self.assertIn("| 19 |", printed)
+        self.assertEqual(lines_in(TMP / "damaged.jsonl"), 19)
+
     def test_refusals(self):
         torch.save({"model": Base}, TMP / "code.pt")
-        self.refused("not a checkpoint", "evaluate", "-j", 0, "--data", WORLD / "val", TMP / "code.pt")
+        torch.save({"model": weights_of("judged")}, TMP / "foreign.pt")
+        for name in "code", "foreign":  # all checkpoints are looked at before the first is evaluated
+            self.refused("not a checkpoint", "evaluate", "-j", 0, "--data", WORLD / "val", TMP / "judged/last.pt", TMP / f"{name}.pt", "--out", TMP / "early.jsonl")
+        self.assertFalse((TMP / "early.jsonl").exists())
         self.refused("no such checkpoint.*did you mean resnet50", "evaluate", "-j", 0, "--data", WORLD / "val", "resnet5O")
         self.refused("--data", "evaluate", "-j", 0, "--data", TMP / "nowhere", TMP / "judged/last.pt")
 

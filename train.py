@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -693,7 +694,10 @@ def main() -> None:
 
     os.makedirs(args.out, exist_ok=True)
     settings = {k: v for k, v in vars(args).items() if k not in ("data", "out", "captions", "embeddings", "workers", "device", "resume", "compile")}
-    settings |= {"amp": str(amp), "world_size": world, "text": captions.identity if captions else None}
+    listing = 0  # which images, with which labels: a run neither goes on with others nor is grouped with runs on others
+    for path, label in samples:
+        listing = zlib.crc32(os.fsencode(f"{path[len(train_folder):]} {label}"), listing)
+    settings |= {"amp": str(amp), "world_size": world, "text": captions.identity if captions else None, "images": f"{len(samples)} ({listing:08x})"}
     log = [{"config": vars(args) | settings, "git": git_commit(), "versions": {m.__name__: str(m.__version__) for m in (torch, torchvision, transformers, np)}, "python": sys.version.split()[0]}]
     first_epoch, best = 0, -1.0
     checkpoint = last if args.resume is True else args.resume

@@ -55,24 +55,18 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("-j", "--workers", type=int, default=min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), help="data loading processes")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_intermixed_args()
-    if args.batch_size < 1 or args.workers < 0:
-        p.error("-b starts at 1, -j at 0")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        p.error("--device cuda: this machine has no GPU that torch can use")
-    if bool(args.captions) != bool(args.embeddings) or bool(args.class_captions) != bool(args.class_embeddings):
-        p.error("--captions and --embeddings go together, and so do --class-captions and --class-embeddings")
-    if args.ema and (args.captions or args.class_captions):
-        p.error("--ema: the projection head has no averaged weights: leave out the captions")
-    names = torchvision.models.list_models(module=torchvision.models)
-    for file in args.checkpoints:
-        if file not in names and not os.path.exists(file):
-            close = difflib.get_close_matches(file, names)
-            p.error(f"{file}: no such checkpoint, and no torchvision model of that name" + (f"; did you mean {' or '.join(close)}?" if close else ""))
-    for file in filter(None, (args.out, args.predictions)):
-        if os.path.isdir(file) or not os.path.isdir(os.path.dirname(file) or "."):
-            p.error(f"{file}: a file in a folder that exists")
-    if (args.captions or args.class_captions) and len(args.data) > 1:
-        p.error("captions belong to one folder: give one --data")
+    names, text = torchvision.models.list_models(module=torchvision.models), args.captions or args.class_captions
+    for wrong, sentence in (
+            (args.batch_size < 1 or args.workers < 0, "-b starts at 1, -j at 0"),
+            (args.device.startswith("cuda") and not torch.cuda.is_available(), "--device cuda: this machine has no GPU that torch can use"),
+            (bool(args.captions) != bool(args.embeddings) or bool(args.class_captions) != bool(args.class_embeddings), "--captions and --embeddings go together, and so do --class-captions and --class-embeddings"),
+            (text and len(args.data) > 1, "captions belong to one folder: give one --data"),
+            (text and args.ema, "--ema: the projection head has no averaged weights: leave out the captions"),
+            *((os.path.isdir(file) or not os.path.isdir(os.path.dirname(file) or "."), f"{file}: a file in a folder that exists") for file in filter(None, (args.out, args.predictions))),
+            *((file not in names and not os.path.exists(file), f"{file}: no such checkpoint, and no torchvision model of that name"
+               + "".join(f"; did you mean {close}?" for close in difflib.get_close_matches(file, names, 1))) for file in args.checkpoints)):
+        if wrong:
+            p.error(sentence)
     return args
 
 

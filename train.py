@@ -664,6 +664,8 @@ def main() -> None:
     captions = Captions(args.captions, args.embeddings, (key_of(path, train_folder) for path, _ in samples), args.seed if args.shuffle_captions else None) if args.embeddings else None
     if len(samples) < args.batch_size * world:
         raise SystemExit(f"{len(samples)} training images do not fill one batch of {args.batch_size} x {world} processes: use a smaller -b")
+
+    # the model, the head on it, the optimiser
     torch.manual_seed(args.seed)
     model, rebuild = build_model(args, len(classes))
     model.aux_weights = {"googlenet": (0.3, 0.3), "inception_v3": (0.4,)}.get(args.arch, ())
@@ -692,6 +694,7 @@ def main() -> None:
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=amp is torch.float16)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True) if args.ema_decay else None
 
+    # what the run is, and what of it is done already
     os.makedirs(args.out, exist_ok=True)
     settings = {k: v for k, v in vars(args).items() if k not in ("data", "out", "captions", "embeddings", "workers", "device", "resume", "compile")}
     listing = 0  # which images, with which labels: a run neither goes on with others nor is grouped with runs on others
@@ -727,6 +730,7 @@ def main() -> None:
             stream.writelines(json.dumps(entry) + "\n" for entry in log)
         os.replace(log_file + ".tmp", log_file)
 
+    # train
     if args.compile:
         model.compile()
     ddp = DistributedDataParallel(net, device_ids=[args.device] if args.device.startswith("cuda") else None) if world > 1 else net

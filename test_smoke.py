@@ -958,6 +958,13 @@ class Training(Base):
                 self.assertTrue(torch.equal(ours, want.flip(2) if flip else want))
         self.assertIn(flipped, range(10, 31))
 
+    def test_recipes(self):
+        for recipe in "resnet", "deit", "finetune":
+            with self.subTest(recipe):
+                call("train", *train_options(f"recipe-{recipe}", "--recipe", recipe, "--no-pretrained", "--drop-path", 0, "--warmup-epochs", 1))
+                for entry in read_lines(TMP / f"recipe-{recipe}" / "log.jsonl")[1:]:
+                    self.assertEqual((entry["unreadable"], math.isfinite(entry["loss_align"])), (0, True))
+
     def test_resume_gives_the_uninterrupted_weights(self):
         more = ["--epochs", 4, "--mixup", 0.5, "--ema-decay", 0.9, "--warmup-epochs", 1, "--randaugment", 9, "-j", 1]
         log = TMP / "resumed" / "log.jsonl"

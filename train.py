@@ -206,9 +206,10 @@ class TrainImages(Dataset):
         with contextlib.nullcontext() if in_worker else torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             try:
-                image = self.transform(read_image(path))
+                image = read_image(path)
             except Exception:  # one bad image costs that image: no label, no text, counted and named by the main loop
                 image, label, failed = torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, index
+            image = self.transform(image) if failed < 0 else image  # not in the `try`: a fault of ours is no unreadable image
             image = image.permute(1, 2, 0).contiguous()
             text = self.captions.draw(index) if self.captions and failed < 0 else None
         has_text = text is not None
@@ -276,7 +277,7 @@ def train_transform(args: argparse.Namespace) -> v2.Compose:
     interpolation = InterpolationMode(args.interpolation)
     steps = [FlippedCrop(args.input_size, interpolation=interpolation)]
     if args.randaugment:
-        steps.append(v2.RandAugment(magnitude=args.randaugment, interpolation=interpolation))
+        steps.append(v2.RandAugment(magnitude=args.randaugment, interpolation=InterpolationMode.BILINEAR))  # tensors cannot be rotated bicubically
     if args.color_jitter:
         steps.append(v2.ColorJitter(*[args.color_jitter] * 3))
     if args.random_erasing:

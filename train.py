@@ -337,7 +337,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
             pretrained = torchvision.models.get_model(args.arch, weights=weights).state_dict()
         model = torchvision.models.get_model(args.arch, num_classes=num_classes, **kwargs)
     except (ValueError, AssertionError, OSError) as error:
-        raise SystemExit(f"--arch {args.arch} cannot be built for --input-size {args.input_size}, or its weights cannot be had: {error}")
+        raise SystemExit(f"--arch {args.arch} cannot be built for --input-size {args.input_size}, or its weights cannot be had: {str(error).splitlines()[0]}")
     if args.pretrained:  # all but the layers whose shape depends on the number of classes, and heads that were not published
         own = model.state_dict()
         if "image_size" in kwargs:

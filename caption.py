@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling, with --temperature; default: 1")
     p.add_argument("--seed", type=int, default=0, help="of the sampling and of --preview's choice of images; default: 0")
     p.add_argument("-j", "--workers", type=int, default=max(1, min(4, (os.cpu_count() or 1) - 1)), help="processes, for each GPU, that prepare images ahead of the model; default: CPU cores - 1, at most 4")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu; default: cuda if there is one")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights; auto: as they were saved; default: auto")
     p.add_argument("--revision", default="main", help="branch, tag or commit of a hub model; default: main")
     p.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model: only if you have read it")

@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--max-length", type=int, help="tokens kept of a caption; default: the model's own limit")
     p.add_argument("--batch-size", type=int, default=1024, help="most captions in a batch; default: 1024")
     p.add_argument("--batch-tokens", type=int, help="most tokens in a batch, padding included; default: 1024 on a CPU, 32768 on a GPU")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu; default: cuda if there is one")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights; auto: as saved, float32 ones under float16 autocast on a GPU; default: auto")
     p.add_argument("--out-dtype", default="float16", choices=["float16", "float32"], help="of the rows on disk; default: float16")
     p.add_argument("--tune-epochs", type=int, default=0, metavar="N", help="caption-contrastive tuning (LLM2CLIP) before embedding; needs images with two captions; default: 0")

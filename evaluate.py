@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--class-embeddings", help="embeddings.npy of these captions")
     p.add_argument("-b", "--batch-size", type=int, default=64, help="default: 64")
     p.add_argument("-j", "--workers", type=int, default=min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), help="data loading processes")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu; default: cuda if there is one")
     args = p.parse_intermixed_args()
     names, text = torchvision.models.list_models(module=torchvision.models), args.captions or args.class_captions
     for wrong, sentence in (
@@ -339,6 +339,8 @@ def report(results: list[dict], names: list[str]) -> None:
             groups.setdefault(json.dumps(same, sort_keys=True), {})[row["settings"].get("seed")] = row  # a seed counts once
         print_table(["checkpoint", "arch", "epoch", "selected", "images", "top-1 %", "top-5 %", "difference", *[f"top-1 % among these {rows[0]['classes']} classes"] * subset,
                      *rows[0]["text"], "M parameters", "images/s"], lines)
+        if len(rows) > 1:
+            print("\ndifference: points of top-1 to the first row, with the 95 % interval over the images (not over training seeds)")
         if any(len(group) > 1 for group in groups.values()):
             lines, base = [], next(iter(groups.values()))
             for group in groups.values():

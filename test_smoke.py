@@ -17,7 +17,6 @@ import math
 import os
 import random
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -43,6 +42,7 @@ from transformers import (BertConfig, BertModel, CLIPImageProcessor, CLIPVisionC
                           LlavaProcessor, PreTrainedTokenizerFast)
 
 HERE = Path(__file__).resolve().parent
+tf.utils.logging.disable_progress_bar()
 
 # ------------------------------------------------------------------------------------------------------- the toy world
 
@@ -108,7 +108,7 @@ def prepare(root: Path, **worlds: tuple) -> None:
     """root/<name>/{train,val} for each name = (images per class, share of wrong labels, unlabelled images per class); root/mllm, root/encoder."""
     for name, (per_class, wrong, unlabeled) in worlds.items():
         draw_world(root / name, per_class, 40, wrong, unlabeled)
-        print(f"{root / name}: {len(CLASSES)} classes, {per_class} training images each, {wrong:.0%} of them with a wrong label, {unlabeled} without one; 40 validation images each, all right")
+        print(f"{root / name}: {len(CLASSES)} classes, {per_class} training images each, {wrong:.0%} of them with a wrong label, and {unlabeled} unlabelled ones; 40 validation images each, all right")
     if not (root / "mllm" / "model.safetensors").exists():
         save_mllm(root / "mllm", steps=2000)
     if not (root / "encoder" / "model.safetensors").exists():
@@ -418,6 +418,9 @@ def weights_of(run: str) -> dict[str, torch.Tensor]:
 
 
 class Base(unittest.TestCase):
+    def shortDescription(self) -> None:
+        """Tests are listed by their names alone."""
+
     def refused(self, pattern: str, script: str, *options) -> None:
         """One clear sentence, no traceback, exit code not 0."""
         with self.assertRaises(SystemExit) as caught:
@@ -428,6 +431,7 @@ class Base(unittest.TestCase):
 
     def fills_the_disk(self, size: int, pattern: str, script: str, *options) -> None:
         """With files limited to `size` bytes: the sentence, no traceback, exit code 1."""
+        import resource  # not on Windows
         result = subprocess.run(command(script, *options), capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
         self.assertEqual(result.returncode, 1)
         self.assertRegex(result.stderr.splitlines()[-1], pattern)

@@ -51,7 +51,7 @@ from tqdm import tqdm
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 UNLABELED = "_unlabeled"
 
-# Defaults by recipe. resnet and deit are the paper's (official code), finetune is ours. The paper's alignment weight is 0.3, but its
+# Defaults by recipe. resnet and deit are the paper's (official code), finetune is ours. The paper's alignment weight is 0.3, but clip's
 # all-gather keeps only the local slice's gradient and DDP averages over W processes: what acts is 0.3 / W, with W = 4 for the ResNet and
 # 8 for the DeiT. A weight means the same at every W here, so these are the effective values.
 RECIPES = ("resnet", "deit", "finetune")
@@ -113,9 +113,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--sync-bn", action="store_true", help="batch norm over all processes (CUDA only)")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--val-every", type=int, default=1, metavar="N", help="validate after every Nth epoch, and after the last; default: 1")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of everything that is drawn; default: 0")
     p.add_argument("-j", "--workers", type=int, default=min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), help="data loading processes")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu; default: cuda if there is one")
     p.add_argument("--resume", nargs="?", const=True, metavar="CHECKPOINT", help="continue from RUN/last.pt (from the start if there is none), or from the checkpoint that is named")
     args = p.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -509,7 +509,7 @@ def alignment_loss(kind: str, images: torch.Tensor, texts: torch.Tensor, has_tex
 # -------------------------------------------------------------------------------------------------------- training
 
 def train_epoch(args, net, model, loader, optimizer, scaler, ema, mix, amp, epoch: int, quiet: bool) -> dict:
-    """One epoch; {"loss_ce", "loss_align", "train_top1", "images_per_s", "data_wait", ...}. Synchronises with the device every 50 steps only."""
+    """One epoch; {"loss_ce", "loss_align" (with embeddings), "train_top1", "images_per_s", "data_wait" (a share of the time), "unreadable"}. Synchronises with the device every 50 steps only."""
     net.train()
     device = torch.device(args.device)
     mean, std = (255 * torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (args.mean, args.std))
@@ -575,8 +575,9 @@ def train_epoch(args, net, model, loader, optimizer, scaler, ema, mix, amp, epoc
         dist.all_reduce(sums)
         world = dist.get_world_size()
     seconds, (ce, align, hits, labelled) = time.perf_counter() - start, sums.tolist()
-    return {"loss_ce": ce / len(loader) / world, "loss_align": align / len(loader) / world, "train_top1": 100 * hits / max(1, labelled),
-            "images_per_s": len(loader) * args.batch_size * world / seconds, "data_wait": wait / seconds, "unreadable": failed}
+    entry = {"loss_ce": ce / len(loader) / world, "loss_align": align / len(loader) / world, "train_top1": 100 * hits / max(1, labelled),
+             "images_per_s": len(loader) * args.batch_size * world / seconds, "data_wait": wait / seconds, "unreadable": failed}
+    return entry if args.embeddings else {name: value for name, value in entry.items() if name != "loss_align"}
 
 
 @torch.inference_mode()

@@ -61,6 +61,7 @@ def parse_args() -> argparse.Namespace:
             (args.device.startswith("cuda") and not torch.cuda.is_available(), "--device cuda: this machine has no GPU that torch can use"),
             (bool(args.captions) != bool(args.embeddings) or bool(args.class_captions) != bool(args.class_embeddings), "--captions and --embeddings go together, and so do --class-captions and --class-embeddings"),
             (text and len(args.data) > 1, "captions belong to one folder: give one --data"),
+            (args.ema and set(args.checkpoints) <= set(names), "--ema does nothing for published weights"),
             (text and args.ema, "--ema: the projection head has no averaged weights: leave out the captions"),
             *((os.path.isdir(file) or not os.path.isdir(os.path.dirname(file) or "."), f"{file}: a file in a folder that exists") for file in filter(None, (args.out, args.predictions))),
             *((file not in names and not os.path.exists(file), f"{file}: no such checkpoint, and no torchvision model of that name"

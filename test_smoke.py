@@ -1184,13 +1184,23 @@ class Evaluation(Base):
         with unittest.mock.patch("torchvision.models.get_model", lambda *args, **kwargs: model):  # the published weights are not to be had offline
             printed = self.evaluate("--data", TMP / "numeric", "squeezenet1_1")
             self.assertIn("SqueezeNet1_1_Weights.IMAGENET1K_V1 | 20 |", printed)
+            for i in range(1000):  # ImageNet's folders, of which all but one are empty here, name those of a subset beside it
+                (TMP / "synsets" / f"n{i:08d}").mkdir(parents=True, exist_ok=True)
+            for root, i in ("synsets", 0), ("some-synsets", 998), ("some-synsets", 3):
+                shutil.copytree(WORLD / "val/red_circle", TMP / root / f"n{i:08d}", dirs_exist_ok=True)
+            self.evaluate("--data", TMP / "synsets", "--data", f"r={TMP / 'some-synsets'}", "squeezenet1_1", "--predictions", TMP / "synsets.jsonl")
+            lines = [line for line in read_lines(TMP / "synsets.jsonl") if line["data"] == "r"]
+            self.assertEqual([line["label"] for line in lines], ["n00000003"] * 5 + ["n00000998"] * 5)
+            with torch.inference_mode():
+                logits = model.eval()(torchvision.models.SqueezeNet1_1_Weights.DEFAULT.transforms()(Image.open(TMP / "some-synsets" / lines[0]["image"]))[None])
+            self.assertEqual(lines[0]["prediction"], f"n{logits.argmax().item():08d}")
+            self.refused("has 2 class.* published weights know class folders by number", "evaluate", "-j", 0, "--device", "cpu", "--data", TMP / "some-synsets", "squeezenet1_1")
             self.refused("has 4 class.* published weights know class folders by number", "evaluate", "-j", 0, "--device", "cpu", "--data", WORLD / "val", "squeezenet1_1")
 
     def test_one_bad_image(self):
         shutil.copytree(WORLD / "val", TMP / "damaged")
         broken = next((TMP / "damaged").rglob("*.png"))
         broken.write_bytes(b"nothing")
-        (TMP / "damaged" / "red_circle" / "no image.txt").touch()
         printed = self.evaluate("--data", TMP / "damaged", TMP / "judged/last.pt", "--predictions", TMP / "damaged.jsonl")
         self.assertIn(f"1 unreadable images, not counted: '{broken}'", printed)
         self.assertIn("| 19 |", printed)
@@ -1204,6 +1214,7 @@ class Evaluation(Base):
         self.assertFalse((TMP / "early.jsonl").exists())
         self.refused("no such checkpoint.*did you mean resnet50", "evaluate", "-j", 0, "--data", WORLD / "val", "resnet5O")
         self.refused("--data", "evaluate", "-j", 0, "--data", TMP / "nowhere", TMP / "judged/last.pt")
+        self.refused("--ema does nothing", "evaluate", "--data", WORLD / "val", "resnet18", "--ema")
 
 
 class Result(unittest.TextTestResult):

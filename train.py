@@ -1,36 +1,40 @@
-"""Train an image classifier with cross-entropy plus alignment to caption embeddings: stage 3 of 4 (caption -> embed -> train -> evaluate).
+"""Train a classifier with cross-entropy plus alignment to caption embeddings: stage 3 of 4.
 
-In:  --data ROOT                 ROOT/train/<class>/<image> and ROOT/val/<class>/<image>; ROOT/train/_unlabeled/ has images without a label
-     --captions, --embeddings    what caption.py and embed.py wrote for ROOT/train; without them: the cross-entropy baseline, same code
-Out: RUN/last.pt                 plain model weights and what is needed to evaluate and to resume; results are reported from it
-     RUN/best.pt                 the same at the best epoch *on the validation folder* (chosen on it, so no unbiased result)
-     RUN/log.jsonl               first the configuration, then one object per epoch
+In:  --data ROOT               ROOT/train/<class>/<image> and ROOT/val/<class>/<image>
+     --captions, --embeddings  what caption.py and embed.py wrote for ROOT/train; without them: the
+                               cross-entropy baseline, same code
+Out: RUN/last.pt               plain model weights, and what is needed to evaluate and to resume
+     RUN/best.pt               the same at the best epoch *on the validation folder* (chosen on it,
+                               so no unbiased result; results are reported from last.pt)
+     RUN/log.jsonl             first the configuration, then one object per epoch
 
 Launch:
     python train.py --data imagenet --out runs/baseline --recipe resnet
-    torchrun --standalone --nproc_per_node=4 train.py --data imagenet --out runs/aligned --recipe resnet \\
-        --captions captions.jsonl --embeddings embeddings.npy
+    torchrun --standalone --nproc_per_node=4 train.py --data imagenet --out runs/aligned \\
+        --recipe resnet --captions captions.jsonl --embeddings embeddings.npy
     the same line with --resume after a kill
 
-    L = CE(g(f(x)), y) + lambda * L_align(h(f(x)), t)                                             GPT4Image, arXiv 2306.00693
+    L = CE(g(f(x)), y) + lambda * L_align(h(f(x)), t)               GPT4Image, arXiv 2306.00693
 
-f(x) is the input of the classifier's last layer g, t the frozen embedding of a caption of x, h a small head used in training only.
+f(x) is the input of the classifier's last layer g, t the frozen embedding of a caption of x, h a
+small head that is used in training only. --align-weight is lambda.
 """
 
 import argparse
 import contextlib
 import ctypes
 import difflib
+import functools
 import hashlib
 import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -38,629 +42,489 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import transformers
+from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset, pil_loader
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-UNLABELED = "_unlabeled"
+try:  # twice as fast as Pillow; deprecated since torchvision 0.29, one day it will be gone
+    from torchvision.io import decode_jpeg, read_file
+except ImportError:
+    decode_jpeg = None
 
-# Defaults by recipe. resnet and deit are the paper's (official code), finetune is ours. The paper's alignment weight is 0.3, but clip's
-# all-gather keeps only the local slice's gradient and DDP averages over W processes: what acts is 0.3 / W, with W = 4 for the ResNet and
-# 8 for the DeiT. A weight means the same at every W here, so these are the effective values.
-RECIPES = ("resnet", "deit", "finetune")
-LEARNING_RATES = {
-    "resnet": (0.1, 256),
-    "deit": (5e-4, 512),
-    "finetune": (0.01, 64),
-}  # per so many images of the global batch
-OPTIONS = {
-    "arch": (
-        "resnet50",
-        "vit_b_16",
-        "resnet50",
-        "torchvision classifier, or hub id or folder of a transformers image classifier",
-    ),
-    "pretrained": (False, False, True, "start from published weights"),
-    "epochs": (120, 300, 30, ""),
-    "batch_size": (256, 128, 64, "images per process"),
-    "optimizer": ("sgd", "adamw", "sgd", "sgd (momentum 0.9) or adamw"),
-    "weight_decay": (1e-4, 0.05, 1e-4, ""),
-    "decay_norms": (True, False, True, "weight decay on norms, biases and position embeddings too"),
-    "warmup_epochs": (0, 5, 1, "linear warm-up before the cosine"),
-    "warmup_lr": (1e-6, 1e-6, 1e-6, "where the warm-up begins"),
-    "min_lr": (1e-5, 1e-5, 0.0, "where the cosine ends"),
-    "label_smoothing": (0.0, 0.1, 0.0, ""),
-    "mixup": (0.0, 0.8, 0.0, "Beta parameter, 0 = off; with --cutmix each batch draws one of them"),
-    "cutmix": (0.0, 1.0, 0.0, "Beta parameter, 0 = off"),
-    "randaugment": (0, 27, 0, "magnitude 0..30, 0 = off (timm's m9 is 27 of torchvision's 30)"),
-    "color_jitter": (0.0, 0.3, 0.0, ""),
-    "random_erasing": (0.0, 0.25, 0.0, "probability"),
-    "repeated_aug": (
-        1,
-        3,
-        1,
-        "differently augmented copies of an image in an epoch of unchanged length",
-    ),
-    "drop_path": (0.0, 0.1, 0.0, "stochastic depth; refused where an architecture has none"),
-    "ema_decay": (0.0, 0.99996, 0.0, "averaged weights, 0 = off"),
-    "clip_grad": (0.0, 0.0, 0.0, "largest norm of the gradient, 0 = off"),
-    "interpolation": ("bilinear", "bicubic", "bilinear", "bilinear or bicubic"),
-    "crop_ratio": (0.875, 1.0, 0.875, "evaluation: centre crop's share of the resized side"),
-    "align_weight": (0.075, 0.0375, 0.075, "lambda; the same at every number of processes"),
-    "temperature": (0.2, 0.05, 0.2, "tau of the contrastive losses"),
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+PREPROCESSING = ["input_size", "crop_ratio", "interpolation", "mean", "std"]
+
+# What a recipe puts before the user's own options. resnet (the defaults) and deit are the paper's
+# (official code), finetune is ours. The paper's lambda is 0.3, but its all-gather keeps only the
+# local slice's gradient and DDP averages over W processes: what acts is 0.3 / W, with W = 4 for the
+# ResNet and 8 for the DeiT. A weight means the same at every W here, so these are what acted.
+RECIPES = {
+    "resnet": "",
+    "deit": "--arch vit_b_16 --epochs 300 --batch-size 128 --optimizer adamw --weight-decay 0.05 "
+    "--no-decay-norms --warmup-epochs 5 --label-smoothing 0.1 --mixup 0.8 --cutmix 1.0 "
+    "--randaugment 27 --color-jitter 0.3 --random-erasing 0.25 --repeated-aug 3 --drop-path 0.1 "
+    "--ema-decay 0.99996 --interpolation bicubic --crop-ratio 1.0 --align-weight 0.0375 "
+    "--temperature 0.05",
+    "finetune": "--pretrained --epochs 30 --batch-size 64 --warmup-epochs 1 --min-lr 0.0",
 }
+LEARNING_RATES = {"resnet": (0.1, 256), "deit": (5e-4, 512), "finetune": (0.01, 64)}  # per images
+NOT_FINITE = "Try a smaller --lr, --clip-grad 1 or --amp bfloat16"
+NEED_TEXT = ["--align-weight", "--align-loss", "--temperature", "--projection", "--text-adapter"]
+NEED_TEXT += ["--shuffle-captions", "--learn-temperature", "--mix-text", "--no-mix-text"]
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The module's docstring as it stands, and the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def available_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("--data", required=True, help="folder with train/ and val/")
-    p.add_argument("--out", required=True, metavar="RUN", help="folder for checkpoints and the log")
-    p.add_argument("--captions", help="captions.jsonl of train/")
-    p.add_argument("--embeddings", help="embeddings.npy of these captions")
-    p.add_argument(
-        "--recipe",
-        default="resnet",
-        choices=RECIPES,
-        help="sets the defaults marked *; default: resnet",
-    )
-    first = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False
-    )  # the recipe is needed before its defaults are
-    first.add_argument("--recipe", default="resnet")
-    recipe = first.parse_known_args(argv)[0].recipe
-    column = RECIPES.index(recipe) if recipe in RECIPES else 0
-    for name, option in OPTIONS.items():
-        kind = (
-            {"action": argparse.BooleanOptionalAction}
-            if isinstance(option[column], bool)
-            else {"type": type(option[column])}
-        )
-        choices = (
-            {"choices": ("sgd", "adamw")}
-            if name == "optimizer"
-            else {"choices": ("bilinear", "bicubic")}
-            if name == "interpolation"
-            else {}
-        )
-        flags = ["-b"] * (name == "batch_size") + ["--" + name.replace("_", "-")]
-        p.add_argument(
-            *flags,
-            default=option[column],
-            help=f"* {option[-1]} ({', '.join(f'{r} {v}' for r, v in zip(RECIPES, option))})",
-            **kind,
-            **choices,
-        )
-    p.add_argument(
-        "--lr",
-        type=float,
-        help="peak learning rate; default: the recipe's, scaled with the global batch",
-    )
-    p.add_argument(
-        "--input-size", type=int, help="pixels; default: what the architecture was published with"
-    )
-    p.add_argument(
-        "--align-loss",
-        default="clip",
-        choices=["clip", "infonce", "cosine"],
-        help="default: clip, the paper's",
-    )
-    p.add_argument(
-        "--align-targets",
-        default="one-hot",
-        choices=["one-hot", "class"],
-        help="class: all captions of an image's class are positives; default: one-hot, the paper's",
-    )
-    p.add_argument(
-        "--projection", default="mlp", choices=["mlp", "linear"], help="the head h; default: mlp"
-    )
-    p.add_argument(
-        "--shuffle-captions",
-        action="store_true",
-        help="the control: captions are permuted over the images, drawn with --seed",
-    )
-    p.add_argument(
-        "--text-adapter",
-        default="none",
-        choices=["none", "mlp"],
-        help="mlp: LLM2CLIP's trained adapter on the frozen text side",
-    )
-    p.add_argument("--learn-temperature", action="store_true", help="train tau, as CLIP does")
-    p.add_argument(
-        "--mix-text",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="a mixed image is aligned with both captions; off: with its own only, as in the official code",
-    )
-    p.add_argument(
-        "--amp",
-        default="auto",
-        choices=["auto", "bfloat16", "float16", "off"],
-        help="auto: bfloat16 or else float16 on a GPU, off on a CPU",
-    )
-    p.add_argument(
-        "--sync-bn", action="store_true", help="batch norm over all processes (CUDA only)"
-    )
-    p.add_argument("--compile", action="store_true", help="torch.compile the model")
-    p.add_argument(
-        "--val-every",
-        type=int,
-        default=1,
-        metavar="N",
-        help="validate after every Nth epoch, and after the last; default: 1",
-    )
-    p.add_argument("--seed", type=int, default=0, help="of everything that is drawn; default: 0")
-    p.add_argument(
-        "-j",
-        "--workers",
-        type=int,
-        default=min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-        help="data loading processes",
-    )
-    p.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cuda, cuda:N or cpu; default: cuda if there is one",
-    )
-    p.add_argument(
+    argv = sys.argv[1:] if argv is None else argv
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
+    p.epilog = "".join(f"\n--recipe {name}: {options}" for name, options in RECIPES.items())
+    add, flag = p.add_argument, argparse.BooleanOptionalAction
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    workers = min(8, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    amp = ["auto", "bfloat16", "float16", "off"]
+    add("--data", required=True, help="folder with train/ and val/")
+    add("--out", required=True, metavar="RUN", help="folder for checkpoints and the log")
+    add("--captions", help="captions.jsonl of train/")
+    add("--embeddings", help="embeddings.npy of these captions")
+    add("--recipe", default="resnet", choices=RECIPES, help="other defaults: see below")
+    add("--arch", default="resnet50", help="torchvision classifier, or transformers' id or folder")
+    add("--pretrained", action=flag, default=False, help="start from published weights")
+    add("--epochs", type=int, default=120)
+    add("-b", "--batch-size", type=int, default=256, help="images per process")
+    add("--lr", type=float, help="peak learning rate (the recipe's, scaled with the global batch)")
+    add("--optimizer", default="sgd", choices=["sgd", "adamw"], help="sgd: with momentum 0.9")
+    add("--weight-decay", type=float, default=1e-4)
+    add("--decay-norms", action=flag, default=True, help="and biases, position embeddings")
+    add("--warmup-epochs", type=int, default=0, help="linear warm-up before the cosine")
+    add("--warmup-lr", type=float, default=1e-6, help="where the warm-up begins")
+    add("--min-lr", type=float, default=1e-5, help="where the cosine ends")
+    add("--label-smoothing", type=float, default=0.0)
+    add("--mixup", type=float, default=0.0, help="Beta parameter, 0 = off")
+    add("--cutmix", type=float, default=0.0, help="the same; with both each batch draws one")
+    add("--randaugment", type=int, default=0, help="magnitude 0..30 (timm's m9 is 27)")
+    add("--color-jitter", type=float, default=0.0)
+    add("--random-erasing", type=float, default=0.0, help="probability")
+    add("--repeated-aug", type=int, default=1, help="copies of an image, in an epoch as long")
+    add("--drop-path", type=float, default=0.0, help="stochastic depth, where there is any")
+    add("--ema-decay", type=float, default=0.0, help="averaged weights, 0 = off")
+    add("--clip-grad", type=float, default=0.0, help="largest norm of the gradient, 0 = off")
+    add("--input-size", type=int, help="pixels (what the architecture was published with)")
+    add("--interpolation", default="bilinear", choices=["bilinear", "bicubic"])
+    add("--crop-ratio", type=float, default=0.875, help="validation: crop / resized side")
+    add("--align-loss", default="clip", choices=["clip", "infonce", "cosine"], help="L_align")
+    add("--align-weight", type=float, default=0.075, help="lambda, at any number of processes")
+    add("--temperature", type=float, default=0.2, help="tau of the contrastive losses")
+    add("--learn-temperature", action="store_true", help="train tau, as CLIP does")
+    add("--projection", default="mlp", choices=["mlp", "linear"], help="the head h")
+    add("--text-adapter", default="none", choices=["none", "mlp"], help="mlp: LLM2CLIP's, on t")
+    add("--shuffle-captions", action="store_true", help="the control: captions of other images")
+    add("--mix-text", action=flag, default=True, help="align a mixed image with both captions")
+    add("--amp", default="auto", choices=amp, help="auto: on a GPU, bfloat16 if it can")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--val-every", type=int, default=1, help="validate each so many epochs, and at the end")
+    add("--seed", type=int, default=0, help="of everything that is drawn")
+    add("-j", "--workers", type=int, default=workers, help="data loading processes")
+    add("--device", default=cuda, help="cuda, cuda:N or cpu")
+    add(
         "--resume",
         nargs="?",
         const=True,
-        metavar="CHECKPOINT",
-        help="continue from RUN/last.pt (from the start if there is none), or from the checkpoint that is named",
+        help="go on from RUN/last.pt if it is there, or from this",
     )
-    args = p.parse_args(argv)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        p.error("--device cuda: this machine has no GPU that torch can use")
-    given = {option.split("=")[0] for option in (sys.argv[1:] if argv is None else argv)}
-    idle = given & {
-        "--align-weight",
-        "--align-loss",
-        "--align-targets",
-        "--temperature",
-        "--projection",
-        "--shuffle-captions",
-        "--text-adapter",
-        "--learn-temperature",
-        "--mix-text",
-        "--no-mix-text",
-    }
-    if idle and not args.embeddings:
-        p.error(f"{min(idle)} does nothing without --captions and --embeddings")
-    if bool(args.captions) != bool(args.embeddings):
-        p.error("--captions and --embeddings go together")
-    if (
-        min(args.epochs, args.batch_size, args.repeated_aug, args.val_every) < 1
-        or args.workers < 0
-        or args.temperature <= 0
-        or args.align_weight < 0
-    ):
-        p.error(
-            "--epochs, -b, --repeated-aug and --val-every start at 1, --temperature above 0, --align-weight and -j at 0"
-        )
-    if args.align_targets == "class" and args.align_loss == "cosine":
-        p.error("--align-targets class has no meaning for the cosine loss, which has no negatives")
-    if args.learn_temperature and args.align_loss == "cosine":
-        p.error("--learn-temperature: the cosine loss has no temperature")
-    if (
-        args.warmup_epochs < 0
-        or args.warmup_lr <= 0
-        or (args.lr is not None and args.lr <= 0)
-        or not 0 <= args.ema_decay < 1
-    ):
-        p.error(
-            "--lr and --warmup-lr start above 0, --warmup-epochs at 0, --ema-decay lies between 0 and 1"
-        )
-    if args.sync_bn and not args.device.startswith("cuda"):
-        p.error("--sync-bn needs CUDA")
+    recipe = RECIPES[p.parse_args(argv).recipe].split()
+    args = p.parse_args([*recipe, *argv])
+    check(p, args, {word.split("=")[0] for word in argv})
+    args.rank = int(os.environ.get("RANK", 0))
+    args.world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if args.lr is None:
+        rate, images = LEARNING_RATES[args.recipe]
+        args.lr = rate * args.batch_size * args.world_size / images
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------ data
+def check(p: argparse.ArgumentParser, args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse options that cannot be, or would do nothing; `given`: those that the user typed."""
+    idle = sorted(given & set(NEED_TEXT))
+    if idle and not args.embeddings:
+        p.error(f"{idle[0]} does nothing without --captions and --embeddings")
+    if bool(args.captions) != bool(args.embeddings):
+        p.error("--captions and --embeddings go together")
+    if args.learn_temperature and args.align_loss == "cosine":
+        p.error("--learn-temperature: the cosine loss has no temperature")
+    if min(args.epochs, args.batch_size, args.repeated_aug, args.val_every, args.workers + 1) < 1:
+        p.error("--epochs, -b, --repeated-aug and --val-every start at 1, -j at 0")
+    if min(args.temperature, 1 if args.lr is None else args.lr) <= 0 or args.align_weight < 0:
+        p.error("--temperature and --lr start above 0, --align-weight at 0")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        p.error("--device cuda: this machine has no GPU that torch can use")
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+def list_data(data: str) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, int]]]:
+    """Class names, and (path, label) of train/ and of val/."""
+    train, val = os.path.join(data, "train"), os.path.join(data, "val")
+    try:
+        classes, index = find_classes(train)
+        strangers = sorted(set(find_classes(val)[0]) - set(classes))
+        samples = make_dataset(train, index, IMG_EXTENSIONS)
+        val_samples = make_dataset(val, index, IMG_EXTENSIONS, allow_empty=True)
+    except FileNotFoundError as error:
+        raise SystemExit(f"--data {data} lacks images in train/ or val/: {error}") from error
+    if strangers or not val_samples:
+        found = f"classes that train/ has not: {strangers[:5]}" if strangers else "no image"
+        raise SystemExit(f"{val} has {found}")
+    return classes, samples, val_samples
+
+
+def key_of(path: str, data: str) -> str:
+    """The image's name in captions.jsonl."""
+    return os.path.relpath(path, os.path.join(data, "train")).replace(os.sep, "/")
 
 
 class Captions:
-    """Which rows of embeddings.npy belong to which image, by the image's key; the array itself stays on the disk."""
+    """Which rows of embeddings.npy are image i's: rows[starts[i]:starts[i + 1]], in the order of
+    `keys`; the array itself stays on the disk."""
 
-    def __init__(
-        self, captions: str, embeddings: str, keys: Iterable[str], shuffle: int | None = None
-    ):
-        metadata = embeddings.removesuffix(".npy") + ".json"
-        if not os.path.exists(captions):
-            raise SystemExit(f"--captions {captions}: no such file: run caption.py first")
+    def __init__(self, captions: str, embeddings: str, keys: Iterable[str], shuffle: int | None):
+        self.file, self.table, rows_of, foreign = embeddings, None, {key: [] for key in keys}, []
         try:
-            self.identity = json.load(open(metadata, encoding="utf-8"))
-            table = np.load(embeddings, mmap_mode="r")
             with open(captions, "rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        except (OSError, ValueError) as error:
-            raise SystemExit(
-                f"captions and embeddings: {error}: run embed.py --captions {captions} --out {embeddings}"
-            )
+                stream.seek(0)
+                for row, line in enumerate(stream):
+                    rows_of.get(json.loads(line)["image"], foreign).append(row)
+            with open(embeddings.removesuffix(".npy") + ".json", encoding="utf-8") as stream:
+                self.identity = json.load(stream)
+            table = np.load(embeddings, mmap_mode="r")
+        except (OSError, ValueError, KeyError) as error:
+            advice = f"run caption.py, then embed.py --captions {captions}"
+            raise SystemExit(f"{first_line(error)}: {advice}") from error
         if digest != self.identity.get("captions_sha256"):
             raise SystemExit(
-                f"{captions} is not the file that {embeddings} was made from (it was changed, reordered or extended): run embed.py again"
+                f"{captions} is not what {embeddings} is made from: run embed.py again"
             )
-        own = np.fromiter(
-            map(hash, keys), np.int64
-        )  # 64-bit hashes: a dictionary of a million keys would take 200 MB in every process
-        with open(captions, "rb") as stream:
-            lines = np.fromiter((hash(json.loads(line)["image"]) for line in stream), np.int64)
-        order = np.argsort(own)
-        owner = order[np.searchsorted(own, lines, sorter=order).clip(max=len(own) - 1)]
-        owner[own[owner] != lines] = -1
-        if (
-            table.ndim != 2
-            or len(table) != len(owner)
-            or table.dtype not in (np.float16, np.float32)
-        ):
-            raise SystemExit(
-                f"{embeddings} is {table.dtype} {list(table.shape)}, expected float16 or float32 [{len(owner)}, width]: run embed.py again"
-            )
-        self.foreign = int((owner < 0).sum())
-        if self.foreign == len(owner):
-            raise SystemExit(
-                f"none of the {len(owner)} captions belongs to an image of train/: was caption.py run with --data ROOT/train?"
-            )
-        self.rows = np.argsort(owner, kind="stable")[self.foreign :]  # rows grouped by image ...
-        self.ends = np.cumsum(
-            np.bincount(owner[owner >= 0], minlength=len(own))
-        )  # ... those of image i end here
-        self.file, self.width, self.table = embeddings, table.shape[1], None
+        self.rows = np.array([row for rows in rows_of.values() for row in rows], np.int64)
+        self.starts = np.cumsum([0, *map(len, rows_of.values())])
+        self.foreign, shape = len(foreign), (len(self.rows) + len(foreign), table.shape[-1])
+        if table.shape != shape or table.dtype not in (np.float16, np.float32):
+            wanted = f"expected float16 or float32 [{shape[0]}, width]"
+            raise SystemExit(f"{embeddings} is {table.dtype} {list(table.shape)}, {wanted}")
+        if not len(self.rows):
+            raise SystemExit("no caption belongs to train/: was that caption.py's --data?")
+        self.width = table.shape[1]
         if shuffle is not None:
             self.rows = np.random.default_rng(shuffle).permutation(self.rows)
 
-    def count(self, image: int) -> int:
-        return int(self.ends[image] - (self.ends[image - 1] if image else 0))
-
-    def draw(self, image: int) -> torch.Tensor | None:
-        """float32 [width]: the embedding of one of the image's captions, at random; None if it has none."""
-        if not (count := self.count(image)):
-            return None
+    def draw(self, image: int) -> torch.Tensor:
+        """float32 [width]: one of the image's captions at random, of length 1; else zeros."""
+        start, end = self.starts[image : image + 2]
+        if start == end:
+            return torch.zeros(self.width)
         if self.table is None:  # opened by each worker for itself
             self.table = np.load(self.file, mmap_mode="r")
-        row = self.rows[self.ends[image] - 1 - int(torch.randint(count, ()))]
+        row = self.rows[end - 1 - int(torch.randint(end - start, ()))]
         return F.normalize(torch.from_numpy(self.table[row].astype(np.float32)), dim=0)
 
 
-class TrainImages(Dataset):
-    """Item (index, seed): uint8 image [S, S, 3] (collated without a transposition, channels-last on the device), label (-1: none), text [D], has_text, index of an unreadable image (else -1).
-
-    The random state is the item's own, so augmentation depends neither on the number of workers nor on that of processes.
-    """
-
-    def __init__(
-        self, samples: list[tuple[str, int]], transform, captions: Captions | None, size: int
-    ):
-        self.samples, self.transform, self.captions, self.size = samples, transform, captions, size
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, item: tuple[int, int]):
-        (index, seed), failed = item, -1
-        path, label = self.samples[index]
-        in_worker = (
-            torch.utils.data.get_worker_info() is not None
-        )  # which has a random state to itself
-        with contextlib.nullcontext() if in_worker else torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            try:
-                image = read_image(path)
-            except Exception:  # one bad image costs that image: no label, no text, counted and named by the main loop
-                image, label, failed = (
-                    torch.zeros(3, self.size, self.size, dtype=torch.uint8),
-                    -1,
-                    index,
-                )
-            image = (
-                self.transform(image) if failed < 0 else image
-            )  # not in the `try`: a fault of ours is no unreadable image
-            image = image.permute(1, 2, 0).contiguous()
-            text = self.captions.draw(index) if self.captions and failed < 0 else None
-        has_text = text is not None
-        return (
-            image,
-            label,
-            text if has_text else torch.zeros(self.captions.width if self.captions else 0),
-            has_text,
-            failed,
-        )
+def load_image(path: str) -> Image.Image:
+    """8-bit RGB, upright, first frame, transparency on white. Raises what Pillow raises."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bit: convert() would clip to 255, not scale
+            image = image.point(lambda value: value / 256).convert("L")
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
 
 
 def read_image(path: str) -> torch.Tensor:
-    """uint8 [3, H, W]. torchvision's decoder is about twice as fast as Pillow, which reads what it cannot (CMYK, BMP, TIFF ...)."""
-    with contextlib.suppress(RuntimeError):
-        image = decode_image(path, ImageReadMode.RGB)
-        if image.ndim == 3 and image.dtype == torch.uint8:  # not an animation, not 16 bit
-            return image
-    return v2.functional.pil_to_tensor(pil_loader(path))
+    """uint8 [3, H, W]: load_image()'s pixels, of JPEG files in half the time."""
+    if decode_jpeg and path.lower().endswith((".jpg", ".jpeg")):
+        with contextlib.suppress(RuntimeError):  # a PNG by another name, say
+            image = decode_jpeg(read_file(path), apply_exif_orientation=True)
+            if len(image) in (1, 3):  # not CMYK
+                return image.expand(3, -1, -1)
+    return v2.functional.pil_to_tensor(load_image(path))
 
 
-class EvalImages(Dataset):
-    """float32 image [3, S, S], label (-1: unreadable), through torchvision's own evaluation preprocessing (Pillow)."""
+class Images(Dataset):
+    """Item (index, seed): uint8 image [S, S, 3], label, text [D] (zeros: none), failed (-1: not).
 
-    def __init__(self, samples: list[tuple[str, int]], args: argparse.Namespace):
-        self.samples, self.size = samples, args.input_size
-        self.transform = v2.Compose(
-            [
-                v2.Resize(
-                    round(self.size / args.crop_ratio), InterpolationMode(args.interpolation)
-                ),
-                v2.CenterCrop(self.size),
-                v2.PILToTensor(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(args.mean, args.std),
-            ]
-        )
+    `transform` turns what `read` gives into uint8 [3, S, S]. The random state is the item's own, so
+    augmentation does not depend on the number of workers or processes. If the image cannot be
+    read, failed is its index, it has no text, and label -1.
+    """
 
-    def __len__(self) -> int:
-        return len(self.samples)
+    def __init__(self, samples, size: int, read: Callable, transform: Callable, captions=None):
+        self.samples, self.size, self.captions = samples, size, captions
+        self.read, self.transform = read, transform
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, int, torch.Tensor, int]:
+        index, seed = item
         path, label = self.samples[index]
-        try:
-            return self.transform(pil_loader(path)), label
-        except Exception:
-            return torch.zeros(3, self.size, self.size), -1
+        text, failed = torch.zeros(self.captions.width if self.captions else 0), -1
+        in_worker = torch.utils.data.get_worker_info() is not None  # a random state to itself
+        with contextlib.nullcontext() if in_worker else torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            try:
+                image = self.read(path)
+            except Exception:  # one bad image costs that image
+                image, label, failed = torch.zeros(3, self.size, self.size).byte(), -1, index
+            if failed < 0:  # not in the `try`: a fault of ours is no unreadable image
+                image = self.transform(image)
+                text = self.captions.draw(index) if self.captions else text
+        # channels-last, as the model wants it: batches need no transposition
+        return image.permute(1, 2, 0).contiguous(), label, text, failed
 
 
 class EpochSampler(Sampler):
-    """(index, seed) of this process's part of an epoch. At the same global batch, batch k is the same set at every world size."""
+    """(index, seed) of this process's positions in an epoch's random order; none before the first.
+    At the same global batch, batch k is the same set of images at every number of processes."""
 
-    def __init__(self, length: int, copies: int, seed: int, rank: int, world: int):
-        self.length, self.copies, self.seed, self.rank, self.world, self.epoch = (
-            length,
-            copies,
-            seed,
-            rank,
-            world,
-            0,
-        )
+    def __init__(self, length: int, positions: range, seed: int, copies: int = 1):
+        self.length, self.positions, self.seed, self.copies = length, positions, seed, copies
+        self.epoch = None
 
     def __len__(self) -> int:
-        return self.length // self.world
+        return len(self.positions)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterable[tuple[int, int]]:
+        if self.epoch is None:
+            return
         stream = self.seed * 10_007 + self.epoch
-        order = torch.randperm(
-            self.length, generator=torch.Generator().manual_seed(stream)
-        ).repeat_interleave(self.copies)
-        for position in range(self.rank, len(self) * self.world, self.world):
+        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(stream))
+        order = order.repeat_interleave(self.copies)
+        for position in self.positions:
             yield int(order[position]), (stream * 1_000_000_007 + position) % 2**63
 
 
 class FlippedCrop(v2.RandomResizedCrop):
-    """RandomResizedCrop and horizontal flip of one uint8 image [3, H, W], the same pixels as torchvision's: resizing and flipping are
-    faster on channels-last memory that is dense, and a plain tensor needs no search for what to transform."""
+    """And a horizontal flip, of a uint8 image [3, H, W]; channels-last, where both are faster."""
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         top, left, height, width = self.make_params([image]).values()
-        crop = image[None, :, top : top + height, left : left + width].contiguous(
-            memory_format=torch.channels_last
-        )
+        crop = image[None, :, top : top + height, left : left + width]
+        crop = crop.contiguous(memory_format=torch.channels_last)
         crop = F.interpolate(crop, self.size, mode=self.interpolation.value, antialias=True)
         return (crop.flip(3) if torch.rand(()) < 0.5 else crop)[0]
 
 
-def train_transform(args: argparse.Namespace) -> v2.Compose:
-    """On uint8 tensors throughout; normalisation follows on the device."""
-    interpolation = InterpolationMode(args.interpolation)
-    steps = [FlippedCrop(args.input_size, interpolation=interpolation)]
-    if args.randaugment:
-        steps.append(
-            v2.RandAugment(magnitude=args.randaugment, interpolation=InterpolationMode.BILINEAR)
-        )  # tensors cannot be rotated bicubically
+def transforms(args: argparse.Namespace) -> tuple[v2.Compose, v2.Compose]:
+    """Training's, on uint8 tensors; for evaluation torchvision's own, on Pillow's images."""
+    size, interpolation = args.input_size, InterpolationMode(args.interpolation)
+    steps = [FlippedCrop(size, interpolation=interpolation)]
+    if args.randaugment:  # tensors cannot be rotated bicubically
+        bilinear = InterpolationMode.BILINEAR
+        steps.append(v2.RandAugment(magnitude=args.randaugment, interpolation=bilinear))
     if args.color_jitter:
         steps.append(v2.ColorJitter(*[args.color_jitter] * 3))
     if args.random_erasing:
         steps.append(v2.RandomErasing(args.random_erasing, value=[round(255 * m) for m in MEAN]))
-    return v2.Compose(steps)
+    resize = v2.Resize(round(size / args.crop_ratio), interpolation)
+    return v2.Compose(steps), v2.Compose([resize, v2.CenterCrop(size), v2.PILToTensor()])
 
 
-def list_samples(folder: str, classes: list[str], optional: bool = False) -> list[tuple[str, int]]:
-    try:
-        return make_dataset(
-            folder,
-            {name: i for i, name in enumerate(classes)},
-            IMG_EXTENSIONS,
-            allow_empty=optional,
-        )
-    except FileNotFoundError as error:
-        raise SystemExit(f"{folder}: {error}")
+def make_loaders(args, samples, val_samples, captions) -> list[DataLoader]:
+    """Of this process's share of train/ and val/. Workers start now, and once: a fork beside the
+    threads of a process group may stand still."""
+    size, rank, world, loaders = args.input_size, args.rank, args.world_size, []
+    if len(samples) < args.batch_size * world:
+        batch = f"one batch of {args.batch_size} x {world} processes: use a smaller -b"
+        raise SystemExit(f"{len(samples)} training images do not fill {batch}")
+    transform, val_transform = transforms(args)
+    images = Images(samples, size, read_image, transform, captions)
+    val_images = Images(val_samples, size, load_image, val_transform)
+    share = range(rank, len(samples) - len(samples) % world, world)
+    order = EpochSampler(len(samples), share, args.seed, args.repeated_aug)
+    val_order = EpochSampler(len(val_samples), range(rank, len(val_samples), world), args.seed)
+    options = {"num_workers": args.workers, "persistent_workers": args.workers > 0}
+    options |= {"batch_size": args.batch_size, "pin_memory": args.device.startswith("cuda")}
+    for dataset, sampler in (images, order), (val_images, val_order):
+        # a generator of its own: drawing from the default one would disturb dropout after a resume
+        own = {"generator": torch.Generator(), "drop_last": dataset is images}
+        loaders.append(DataLoader(dataset, sampler=sampler, **own, **options))
+        if args.workers:
+            iter(loaders[-1])
+        sampler.epoch = 0
+    return loaders
 
 
-def key_of(path: str, folder: str) -> str:
-    return os.path.relpath(path, folder).replace(os.sep, "/")
-
-
-# ----------------------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------------------------------------ model
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict]:
-    """The plain model, and the keyword arguments (torchvision) or configuration (transformers) that build it again. Sets
-    args.input_size, mean and std to what the architecture or its weights were published with."""
+    """The plain model, and what rebuilds it. Sets args.input_size, mean and std as published."""
     args.mean, args.std = MEAN, STD
-    if "/" in args.arch or os.path.isdir(args.arch):
-        try:
-            config = transformers.AutoConfig.from_pretrained(args.arch, num_labels=num_classes)
-            published_size = getattr(config, "image_size", 224)
-            args.input_size = args.input_size or (
-                published_size if isinstance(published_size, int) else published_size[0]
-            )
-            auto = transformers.AutoModelForImageClassification
-            model = (
-                auto.from_pretrained(args.arch, config=config, ignore_mismatched_sizes=True)
-                if args.pretrained
-                else auto.from_config(config)
-            )
-            if args.pretrained:
-                images = transformers.AutoImageProcessor.from_pretrained(args.arch)
-                args.mean, args.std = list(images.image_mean), list(images.image_std)
-        except (OSError, ValueError, AttributeError) as error:
-            raise SystemExit(
-                f"--arch {args.arch}: not an image classifier of transformers: {str(error).strip().splitlines()[0]}"
-            )
-        if args.drop_path:
-            raise SystemExit(
-                "--drop-path: for a transformers model set it in its own config.json (drop_path_rate)"
-            )
-        return model, {"config": model.config.to_dict()}
+    torch.manual_seed(args.seed)
     names = torchvision.models.list_models(module=torchvision.models)
-    if args.arch not in names:
-        close = difflib.get_close_matches(args.arch, names)
-        raise SystemExit(
-            f"--arch {args.arch}: torchvision has no such classifier"
-            + (f"; did you mean {' or '.join(close)}?" if close else "")
-        )
-    weights = torchvision.models.get_model_weights(args.arch).DEFAULT
-    published_size = weights.transforms().crop_size[0]
-    args.input_size = args.input_size or published_size
-    kwargs = {}
-    if args.arch.startswith(
-        "vit_"
-    ):  # vit_h_14 was published with another size than it is built with
-        kwargs["image_size"] = args.input_size
-    elif args.input_size != published_size and args.arch.startswith("maxvit"):
-        kwargs["input_size"] = (args.input_size, args.input_size)
-    if args.arch in ("googlenet", "inception_v3"):
-        kwargs |= {
-            "init_weights": not args.pretrained,
-            "transform_input": args.pretrained,
-        }  # what they do anyway, the first without a warning
-    try:
-        if args.pretrained:
-            args.mean, args.std = weights.transforms().mean, weights.transforms().std
-            pretrained = torchvision.models.get_model(args.arch, weights=weights).state_dict()
-        model = torchvision.models.get_model(args.arch, num_classes=num_classes, **kwargs)
-    except (ValueError, AssertionError, OSError) as error:
-        raise SystemExit(
-            f"--arch {args.arch} cannot be built for --input-size {args.input_size}, or its weights cannot be had: {str(error).splitlines()[0]}"
-        )
-    if args.pretrained:  # all but the layers whose shape depends on the number of classes, and heads that were not published
-        own = model.state_dict()
-        if "image_size" in kwargs:
-            pretrained = torchvision.models.vision_transformer.interpolate_embeddings(
-                args.input_size, model.patch_size, pretrained
-            )
-        model.load_state_dict(
-            own
-            | {
-                name: value
-                for name, value in pretrained.items()
-                if name in own and value.shape == own[name].shape
-            }
-        )
+    if args.arch in names:
+        model, rebuild = build_torchvision(args, num_classes)
+    elif "/" in args.arch or os.path.isdir(args.arch):
+        model, rebuild = build_transformers(args, num_classes)
+    else:
+        close = difflib.get_close_matches(args.arch, names, 1)
+        close = "".join(f"; did you mean {name}?" for name in close)
+        raise SystemExit(f"--arch {args.arch}: torchvision has no such classifier{close}")
     if args.drop_path:
         add_drop_path(model, args.arch, args.drop_path)
+    freeze_unused(model, args)
+    return model, rebuild
+
+
+def build_transformers(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict]:
+    auto = transformers.AutoModelForImageClassification
+    try:
+        config = transformers.AutoConfig.from_pretrained(args.arch, num_labels=num_classes)
+        size = getattr(getattr(config, "vision_config", config), "image_size", 224)
+        args.input_size = args.input_size or (size if isinstance(size, int) else size[0])
+        if not args.pretrained:
+            return auto.from_config(config), {"config": config.to_dict()}
+        model = auto.from_pretrained(args.arch, config=config, ignore_mismatched_sizes=True)
+        images = transformers.AutoImageProcessor.from_pretrained(args.arch)
+        args.mean, args.std = list(images.image_mean), list(images.image_std)
+    except (OSError, ValueError, AttributeError) as error:
+        raise SystemExit(f"--arch {args.arch}: no classifier: {first_line(error)}") from error
+    return model, {"config": model.config.to_dict()}
+
+
+def build_torchvision(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict]:
+    weights = torchvision.models.get_model_weights(args.arch).DEFAULT
+    preset, kwargs = weights.transforms(), {}
+    args.input_size = args.input_size or preset.crop_size[0]
+    if args.arch.startswith("vit_"):  # vit_h_14 was published with another size than its default
+        kwargs["image_size"] = args.input_size
+    elif args.arch in ("googlenet", "inception_v3"):  # no auxiliary heads
+        kwargs = {"aux_logits": False, "init_weights": not args.pretrained}
+        kwargs["transform_input"] = args.pretrained
+    try:
+        model = torchvision.models.get_model(args.arch, num_classes=num_classes, **kwargs)
+        if args.pretrained:
+            args.mean, args.std = preset.mean, preset.std
+            state = torchvision.models.get_model(args.arch, weights=weights).state_dict()
+            if "image_size" in kwargs:
+                resize = torchvision.models.vision_transformer.interpolate_embeddings
+                state = resize(args.input_size, model.patch_size, state)
+            load_fitting(model, state)
+    except (ValueError, AssertionError, OSError) as error:
+        what = f"--arch {args.arch} with --input-size {args.input_size} cannot be had"
+        raise SystemExit(f"{what}: {first_line(error)}") from error
     return model, {"kwargs": kwargs}
 
 
+def load_fitting(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Load all but the layers whose shape differs, as it does with the number of classes."""
+    own = model.state_dict()
+    fitting = {name: x for name, x in state.items() if name in own and x.shape == own[name].shape}
+    model.load_state_dict(own | fitting)
+
+
 def add_drop_path(model: nn.Module, arch: str, rate: float) -> None:
-    """Stochastic depth, linear in the depth; in torchvision's ViT, which has none, behind both branches of a block (no parameters)."""
-    depths = [m for m in model.modules() if isinstance(m, StochasticDepth)]
+    """Stochastic depth, linear in the depth; torchvision's ViT gets it behind both branches."""
+    depths = [module for module in model.modules() if isinstance(module, StochasticDepth)]
     if isinstance(model, torchvision.models.VisionTransformer):
-        blocks = list(model.encoder.layers)
-        depths = [StochasticDepth(0.0, "row") for _ in range(2 * len(blocks))]
-        for i, block in enumerate(blocks):
-            block.dropout = nn.Sequential(block.dropout, depths[2 * i])
-            block.mlp.append(depths[2 * i + 1])
+        for block in model.encoder.layers:
+            depths += [StochasticDepth(0.0, "row"), StochasticDepth(0.0, "row")]
+            block.dropout = nn.Sequential(block.dropout, depths[-2])
+            block.mlp.append(depths[-1])
     if not depths:
         raise SystemExit(f"--drop-path: {arch} has no stochastic depth: leave the option out")
     for i, depth in enumerate(depths):
         depth.p = rate * i / max(1, len(depths) - 1)
 
 
+def freeze_unused(model: nn.Module, args: argparse.Namespace) -> None:
+    """Freeze what classification does not use (a mask token, say), and DDP would wait for: a step
+    on black images tells, and whether the architecture takes this input size."""
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    try:
+        output = model.train()(torch.zeros(2, 3, args.input_size, args.input_size))
+        getattr(output, "logits", output).sum().backward()
+    except Exception as error:
+        sentence = f"does not take images of {args.input_size} pixels"
+        raise SystemExit(f"--arch {args.arch} {sentence}: {first_line(error)}") from error
+    model.load_state_dict(buffers, strict=False)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+
+
 def last_layer(model: nn.Module, num_classes: int) -> nn.Module:
-    """The classifier g: the last linear layer (a 1x1 convolution in SqueezeNet) with one output per class."""
-    layers = [
-        m
-        for m in model.modules()
-        if num_classes in (getattr(m, "out_features", None), getattr(m, "out_channels", None))
-    ]
-    if not layers:
-        raise SystemExit("this architecture has no classification layer that could be found")
-    return layers[-1]
+    """The classifier g: the last layer, linear or a 1x1 convolution, with an output per class."""
+    for module in reversed(list(model.modules())):
+        sizes = getattr(module, "out_features", None), getattr(module, "out_channels", None)
+        if num_classes in sizes:
+            return module
+    raise SystemExit("this architecture has no classification layer that could be found")
 
 
 class Aligned(nn.Module):
-    """The plain model with the head h on the input of its last layer, and the optional text adapter.
+    """The plain model with the head h on the input of its last layer, and the text adapter, if any:
+    images [n, 3, S, S], texts [n, D] -> logits [n, K], image and text features [n, D] (of length
+    1, float32; None without the embeddings' `width`), tau."""
 
-    images [n, 3, S, S], texts [n, D] -> list of logits [n, K] (auxiliary heads behind the main one), image features [n, D] and text
-    features [n, D], both of length 1 and float32 (None without `width`), and the temperature.
-    """
-
-    def __init__(
-        self, model: nn.Module, num_classes: int, args: argparse.Namespace, width: int | None
-    ):
+    def __init__(self, model: nn.Module, num_classes: int, args, width: int | None):
         super().__init__()
         self.model, self.projection, self.adapter = model, None, None
+        if width is None:
+            return
         layer = last_layer(model, num_classes)
-        if width is not None:
-            self.projection = projection_head(
-                args.projection,
-                getattr(layer, "in_features", None) or layer.in_channels,
-                width,
-                batch_norm=any(isinstance(m, nn.BatchNorm2d) for m in model.modules()),
-            )
-            self.adapter = text_adapter(width) if args.text_adapter == "mlp" else None
-            self.log_temperature = nn.Parameter(
-                torch.tensor(args.temperature).log(), requires_grad=args.learn_temperature
-            )
-            layer.register_forward_pre_hook(lambda _, inputs: setattr(self, "features", inputs[0]))
+        channels = getattr(layer, "in_features", None) or layer.in_channels
+        batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        self.projection = projection_head(args.projection, channels, width, batch_norm)
+        self.adapter = text_adapter(width) if args.text_adapter == "mlp" else None
+        log_temperature = torch.tensor(args.temperature).log()
+        self.log_temperature = nn.Parameter(log_temperature, requires_grad=args.learn_temperature)
+        layer.register_forward_pre_hook(self.keep_features)
+
+    def keep_features(self, layer: nn.Module, inputs: tuple) -> None:
+        if layer.training:  # not in validation
+            self.features = inputs[0]
 
     def forward(self, images: torch.Tensor, texts: torch.Tensor):
         output = self.model(images)
-        logits = list(output) if isinstance(output, tuple) else [getattr(output, "logits", output)]
+        logits = getattr(output, "logits", output)
         if self.projection is None:
-            return [x for x in logits if x is not None], None, None, None
+            return logits, None, None, None
         features, self.features = self.features, None
-        features = (
-            features.flatten(2).mean(2) if features.ndim == 4 else features
-        )  # [n, C, h, w] -> [n, C]
+        features = features.flatten(2).mean(2) if features.ndim == 4 else features  # [n, C]
         texts = self.adapter(texts) if self.adapter else texts
-        log_temperature = self.log_temperature
-        if (
-            log_temperature.requires_grad
-        ):  # not below 0.01 (CLIP); the gradient passes, or it would stay there for ever
-            log_temperature = (
-                log_temperature
-                + (log_temperature.clamp(min=math.log(0.01)) - log_temperature).detach()
-            )
-        return (
-            logits,
-            F.normalize(self.projection(features).float(), dim=1),
-            F.normalize(texts.float(), dim=1),
-            log_temperature.exp(),
-        )
+        features = F.normalize(self.projection(features).float(), dim=1)
+        return logits, features, F.normalize(texts.float(), dim=1), self.log_temperature.exp()
 
 
 def projection_head(kind: str, width: int, text_width: int, batch_norm: bool) -> nn.Module:
-    """The head h (official code): features [n, width] -> [n, text_width]; with batch norm its ResNet's, without its DeiT's."""
+    """The head h, [n, width] -> [n, text_width]: official ResNet's, without batch norm DeiT's."""
     if kind == "linear":
         return nn.Linear(width, text_width, bias=False)
+    first = nn.Linear(width, 2 * text_width, bias=not batch_norm)
     norm = [nn.BatchNorm1d(2 * text_width)] if batch_norm else []
-    head = nn.Sequential(
-        nn.Linear(width, 2 * text_width, bias=not batch_norm),
-        *norm,
-        nn.ReLU(inplace=True),
-        nn.Linear(2 * text_width, text_width),
-    )
-    for layer in head:
-        if isinstance(layer, nn.Linear):
-            nn.init.trunc_normal_(layer.weight, std=1024**-0.5 if batch_norm else 0.02)
-    return head
+    last = nn.Linear(2 * text_width, text_width)
+    for layer in first, last:
+        nn.init.trunc_normal_(layer.weight, std=1024**-0.5 if batch_norm else 0.02)
+    return nn.Sequential(first, *norm, nn.ReLU(inplace=True), last)
 
 
 class ResidualBlock(nn.Sequential):
@@ -669,21 +533,16 @@ class ResidualBlock(nn.Sequential):
 
 
 def text_adapter(width: int) -> nn.Module:
-    """LLM2CLIP's adapter behind the frozen LLM: 4 x (LayerNorm -> Linear -> GELU -> Linear, residual), LayerNorm -> Linear."""
-    blocks = [
-        ResidualBlock(
-            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
-        for _ in range(4)
-    ]
+    """LLM2CLIP's, behind the frozen text encoder: [n, width] -> [n, width]."""
+    blocks = []
+    for _ in range(4):
+        layers = nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        blocks.append(ResidualBlock(nn.LayerNorm(width), *layers))
     return nn.Sequential(*blocks, nn.LayerNorm(width), nn.Linear(width, width))
 
 
-# ---------------------------------------------------------------------------------------------------------- losses
-
-
 class AllGather(torch.autograd.Function):
-    """[n, ...] of every process -> [W*n, ...]. Backward adds up what all processes want changed in this one's rows."""
+    """[n, ...] of every process -> [W*n, ...]; backward adds up what all of them want of a row."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
@@ -694,9 +553,7 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        grad = grad.clone(
-            memory_format=torch.contiguous_format
-        )  # autograd may use the original elsewhere
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may use it elsewhere
         dist.all_reduce(grad)
         return grad[ctx.rows]
 
@@ -705,641 +562,379 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     return AllGather.apply(x) if dist.is_initialized() else x
 
 
-def global_mean(losses: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-    """sum(losses) over all processes / sum(mass) over all processes, once DDP has averaged the gradients over W processes."""
-    total, world = mass.sum(), 1
+def global_mean(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Mean of losses [n] where counts [n] is true, over all processes: W times the local sum / the
+    global count, since DDP averages the gradients of the W processes afterwards."""
+    count, world = counts.float().sum(), 1
     if dist.is_initialized():
-        dist.all_reduce(total)
+        dist.all_reduce(count)
         world = dist.get_world_size()
-    return world * losses.sum() / total.clamp(min=1e-6)
+    return world * (losses * counts).sum() / count.clamp(min=1)
 
 
-def cross_entropy(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    mixing: torch.Tensor | None = None,
-    smoothing: float = 0.0,
-) -> torch.Tensor:
-    """Mean cross-entropy in float32 over labelled images. logits [n, K]; labels [n], -1 = none; mixing [n, n]: image i is made of
-    mixing[i, j] of image j, and so is its label."""
-    targets = F.one_hot(labels.clamp(min=0), logits.shape[1]).float() * (labels >= 0)[:, None]
-    targets = targets if mixing is None else mixing @ targets
-    mass = targets.sum(1)
-    return global_mean(
-        mass
-        * F.cross_entropy(
-            logits.float(),
-            targets / mass.clamp(min=1e-6)[:, None],
-            label_smoothing=smoothing,
-            reduction="none",
-        ),
-        mass,
-    )
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing=0.0) -> torch.Tensor:
+    """Mean over labelled images, in float32. logits [n, K], labels [n] (-1: none)."""
+    options = {"ignore_index": -1, "label_smoothing": smoothing, "reduction": "none"}
+    return global_mean(F.cross_entropy(logits.float(), labels, **options), labels >= 0)
 
 
-def soft_info_nce(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    targets: torch.Tensor,
-    key_mask: torch.Tensor,
-    temperature,
-) -> torch.Tensor:
-    """InfoNCE, queries -> keys: -sum_j targets_ij log softmax_j(q_i . k_j / temperature), averaged over the targets' mass.
-    queries [n, D] of this process, keys [W*n, D] of all; key_mask [W*n]: which keys take part."""
-    logits = (queries @ keys.T / temperature).masked_fill(~key_mask, -1e4)
-    return global_mean(-(targets * F.log_softmax(logits, dim=1)).sum(1), targets.sum(1))
+def info_nce(queries, keys, has_text, all_have, temperature) -> torch.Tensor:
+    """-log softmax of each query's own key, over the keys of all processes that take part.
+    queries [n, D] of this process, keys [W*n, D], has_text [n], all_have [W*n]."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    own = torch.arange(len(queries), device=queries.device) + rank * len(queries)
+    logits = (queries @ keys.T / temperature).masked_fill(~all_have, -1e4)
+    return global_mean(F.cross_entropy(logits, own, reduction="none"), has_text)
 
 
-def alignment_loss(
-    kind: str,
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    has_text: torch.Tensor,
-    temperature=0.2,
-    mixing: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """L_align of unit vectors images [n, D] and texts [n, D] (has_text [n]); pairs without a text take no part at all.
+def alignment_loss(kind: str, images, texts, has_text, temperature=0.2) -> torch.Tensor:
+    """L_align of unit vectors images [n, D] and texts [n, D]; pairs without a text (has_text [n],
+    bool) take no part at all.
 
-    cosine   mean_i (2 - 2 i_i . t_i)                                          (`byol` in the official code)
-    infonce  image -> text InfoNCE over the batch of all processes             (`ctr`)
-    clip     (image -> text + text -> image) / 2                               (`clip`)
-
-    mixing [n, n]: the targets of image i are sum_j mixing[i, j] * (the targets of image j), as for its label; with mixup
-    L = lam L(i, t_i) + (1 - lam) L(i, t_partner). labels [n]: captions of images of the same class share the target mass (-1: none).
+    cosine   mean_i (2 - 2 i_i . t_i)                                (`byol` in the official code)
+    infonce  image -> text InfoNCE over the batch of all processes   (`ctr`)
+    clip     (image -> text + text -> image) / 2                     (`clip`)
     """
-    n, has = len(images), has_text.float()
-    mixing = torch.eye(n, device=images.device) if mixing is None else mixing
     if kind == "cosine":
-        mass = mixing * has
-        return global_mean(mass * (2 - 2 * images @ texts.T), mass)
-    all_texts, all_has, start = (
-        gather(texts),
-        gather(has),
-        (dist.get_rank() * n if dist.is_initialized() else 0),
-    )
-    positive = F.pad(
-        torch.eye(n, device=images.device), (start, len(all_has) - start - n)
-    )  # [n, W*n]: caption k suits image j
-    if labels is not None:
-        positive = positive.maximum(
-            (labels[:, None] == gather(labels)).float() * (labels >= 0)[:, None]
-        )
-    positive = positive * has[:, None] * all_has
-    targets = mixing @ (positive / positive.sum(1, keepdim=True).clamp(min=1))  # [n, W*n]
-    image_to_text = soft_info_nce(images, all_texts, targets, all_has > 0, temperature)
+        return global_mean(2 - 2 * (images * texts).sum(1), has_text)
+    all_have = gather(has_text.float()) > 0
+    image_to_text = info_nce(images, gather(texts), has_text, all_have, temperature)
     if kind == "infonce":
         return image_to_text
-    all_mixing = gather(mixing)  # [W*n, n]: row (r, i) says what image i of process r is made of
-    made_of = torch.einsum(
-        "wik,jwk->jwi", all_mixing.view(-1, n, n), positive.view(n, -1, n)
-    ).flatten(1)  # [n, W*n]
-    targets = made_of / made_of.sum(1, keepdim=True).clamp(min=1e-6) * has[:, None]
-    in_play = (
-        torch.einsum("wik,wk->wi", all_mixing.view(-1, n, n), all_has.view(-1, n)).flatten() > 0
-    )
-    text_to_image = soft_info_nce(texts, gather(images), targets, in_play, temperature)
+    text_to_image = info_nce(texts, gather(images), has_text, all_have, temperature)
     return (image_to_text + text_to_image) / 2
 
 
-# -------------------------------------------------------------------------------------------------------- training
+def mix_images(images: torch.Tensor, args, rng: np.random.Generator) -> tuple[torch.Tensor, float]:
+    """Mixup or CutMix of images [n, 3, S, S] with the reversed batch, and lam, their own share."""
+    if not (args.mixup or args.cutmix):
+        return images, 1.0
+    cutmix = args.cutmix > 0 and (args.mixup == 0 or rng.random() < 0.5)
+    alpha = args.cutmix if cutmix else args.mixup
+    lam = float(rng.beta(alpha, alpha))
+    if not cutmix:
+        return lam * images + (1 - lam) * images.flip(0), lam
+    size = images.shape[-1]
+    centre, half = rng.integers(size, size=2), size * (1 - lam) ** 0.5 / 2
+    top, left = (centre - half).clip(0, size).astype(int)
+    bottom, right = (centre + half).clip(0, size).astype(int)
+    mixed = images.clone()
+    mixed[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
+    return mixed, 1 - (bottom - top) * (right - left) / size**2
 
 
-def train_epoch(
-    args, net, model, loader, optimizer, scaler, ema, mix, amp, epoch: int, quiet: bool
-) -> dict:
-    """One epoch; {"loss_ce", "loss_align" (with embeddings), "train_top1", "images_per_s", "data_wait" (a share of the time), "unreadable"}. Synchronises with the device every 50 steps only."""
-    net.train()
-    device = torch.device(args.device)
-    mean, std = (
-        255 * torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (args.mean, args.std)
-    )
-    sums = torch.zeros(4, device=device)  # CE, alignment, hits, labelled images
-    bad_step, bad_values, failed, wait = (
-        torch.full((), -1, device=device),
-        torch.zeros(2, device=device),
-        set(),
-        0.0,
-    )
-    bar = tqdm(
-        total=len(loader),
-        unit="step",
-        desc=f"epoch {epoch}",
-        disable=quiet,
-        leave=False,
-        mininterval=1,
-    )
+def mixed(loss: Callable, lam: float, *targets: torch.Tensor) -> torch.Tensor:
+    """lam * loss(an image's own targets) + (1 - lam) * loss(those of its partner)."""
+    if lam == 1:
+        return loss(*targets)
+    return lam * loss(*targets) + (1 - lam) * loss(*(target.flip(0) for target in targets))
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+def prepare(args, model: nn.Module, num_classes: int, width: int | None) -> SimpleNamespace:
+    """What is trained, and with what: the model with the head on it (`net`), DDP around it (`ddp`),
+    its average (`ema`), ...; `parts` are what a checkpoint saves and a resume restores."""
+    cuda = args.device.startswith("cuda")
+    amp = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(args.amp)
+    if args.amp == "auto" and cuda:
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = torch.bfloat16 if native else torch.float16
+    model.to(args.device, memory_format=torch.channels_last)
+    ema = None
+    if args.ema_decay:
+        average = get_ema_multi_avg_fn(args.ema_decay)
+        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    torch.manual_seed(args.seed)
+    net = ddp = Aligned(model, num_classes, args, width).to(args.device)
+    if args.compile:
+        model.compile()
+    if args.world_size > 1:
+        ddp = DistributedDataParallel(net)
+    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=amp is torch.float16)
+    optimizer = make_optimizer(net, args, amp)
+    parts = {"net": net, "optimizer": optimizer, "scaler": scaler}
+    parts |= {"ema_state": ema} if ema else {}
+    # mean and std of pixels from 0 to 255
+    mean, std = 255 * torch.tensor([args.mean, args.std], device=args.device).view(2, 3, 1, 1)
+    return SimpleNamespace(**parts, ddp=ddp, ema=ema, amp=amp, mean=mean, std=std, parts=parts)
+
+
+def make_optimizer(net: nn.Module, args, amp: torch.dtype | None) -> torch.optim.Optimizer:
+    """Without --decay-norms, vectors, position embeddings and class tokens are not decayed."""
+    tokens = "pos_embed", "position", "class_token", "cls_token"
+    decayed, spared = [], []
+    for name, parameter in net.named_parameters():
+        small = parameter.ndim == 1 or any(token in name for token in tokens)
+        spare = parameter.ndim == 0 or (small and not args.decay_norms)
+        if parameter.requires_grad:
+            (spared if spare else decayed).append(parameter)
+    groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    options = {"lr": args.lr, "weight_decay": args.weight_decay}
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **options)
+    # torch 2.14: fused momentum starts from garbage if GradScaler skips the first step
+    return torch.optim.SGD(groups, momentum=0.9, fused=amp is not torch.float16, **options)
+
+
+def learning_rate(args: argparse.Namespace, epoch: int) -> float:
+    """Per epoch: linear from warmup_lr to lr, then a cosine to min_lr."""
+    if epoch < args.warmup_epochs:
+        start = min(args.lr, args.warmup_lr)
+        return start + (args.lr - start) * epoch / args.warmup_epochs
+    part = (epoch - args.warmup_epochs) / max(1, args.epochs - args.warmup_epochs)
+    return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * part)) / 2
+
+
+def normalise(images: torch.Tensor, run: SimpleNamespace) -> torch.Tensor:
+    """uint8 [n, S, S, 3] -> float32 [n, 3, S, S], channels-last, on the device."""
+    images = images.to(run.mean.device, non_blocking=True).permute(0, 3, 1, 2)
+    return (images.float() - run.mean) / run.std
+
+
+def train_step(args, run: SimpleNamespace, images, labels, texts, rng) -> torch.Tensor:
+    """One step on images [n, 3, S, S], labels [n], texts [n, D]; [CE, L_align, hits, labelled]."""
+    images, lam = mix_images(images, args, rng)
+    with torch.autocast(images.device.type, run.amp, enabled=run.amp is not None):
+        logits, features, targets, tau = run.ddp(images, texts)
+    loss_ce = mixed(lambda y: cross_entropy(logits, y, args.label_smoothing), lam, labels)
+    loss_align = torch.zeros_like(loss_ce)
+    if features is not None:
+        align = functools.partial(alignment_loss, args.align_loss, features, temperature=tau)
+        loss_align = mixed(align, lam if args.mix_text else 1.0, targets, texts.any(1))
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss_ce + args.align_weight * loss_align).backward()
+    if args.clip_grad:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(run.net.parameters(), args.clip_grad)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    with torch.no_grad():
+        if args.learn_temperature:
+            run.net.log_temperature.clamp_(min=math.log(0.01))  # as CLIP does
+        if run.ema:
+            run.ema.update_parameters(run.net.model)
+            for name, buffer in run.ema.module.named_buffers():
+                if not buffer.is_floating_point():  # the average of a counter means nothing
+                    buffer.copy_(run.net.model.get_buffer(name))
+        hits = (logits.argmax(1) == labels).sum()
+        return torch.stack([loss_ce, loss_align, hits, (labels >= 0).sum()])
+
+
+def train_epoch(args, run: SimpleNamespace, loader: DataLoader, epoch: int) -> dict:
+    """One epoch, from 0 on; its log entry. Python waits for a GPU every 50 steps only."""
+    run.net.train()
+    loader.sampler.epoch = epoch
+    stream, rate = args.seed * 10_007 + epoch, learning_rate(args, epoch)
+    torch.manual_seed(stream * 10_007 + args.rank)  # dropout: a resumed epoch draws the same
+    rng = np.random.default_rng(stream)  # mixing: all processes draw the same
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    device, unreadable, wait = torch.device(args.device), set(), 0.0
     finished = torch.cuda.Event() if device.type == "cuda" else None
-    start = tick = time.perf_counter()
-    for step, (images, labels, texts, has_text, broken) in enumerate(loader):
-        if (
-            finished is None or finished.query()
-        ):  # while the GPU still works on the step before, nothing is lost
+    bar = tqdm(total=len(loader), unit="step", leave=False, mininterval=1, disable=args.rank > 0)
+    sums, start = torch.zeros(4, device=device), time.perf_counter()
+    tick = start
+    for step, (images, labels, texts, failed) in enumerate(loader, 1):
+        if finished is None or finished.query():  # while the GPU still works, nothing is lost
             wait += time.perf_counter() - tick
-        failed.update(broken[broken >= 0].tolist())  # on the CPU: no synchronisation
-        images, labels, texts, has_text = (
-            x.to(device, non_blocking=True) for x in (images, labels, texts, has_text)
-        )
-        images = (images.permute(0, 3, 1, 2).float() - mean) / std
-        if (
-            mix and args.repeated_aug > 1
-        ):  # its partner is the neighbour: let that not be a copy of the same image
-            shuffle = torch.randperm(len(images), device=device)
-            images, labels, texts, has_text = (
-                images[shuffle],
-                labels[shuffle],
-                texts[shuffle],
-                has_text[shuffle],
-            )
-        images, mixing = (
-            mix(images, torch.arange(len(images), device=device)) if mix else (images, None)
-        )  # the mixed "labels" say who is in whom
-        images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            logits, features, targets, temperature = net(images, texts)
-        loss_ce = cross_entropy(logits[0], labels, mixing, args.label_smoothing)
-        loss = loss_ce + sum(
-            weight * cross_entropy(x, labels, mixing, args.label_smoothing)
-            for x, weight in zip(logits[1:], model.aux_weights)
-        )
-        loss_align = torch.zeros((), device=device)
-        if features is not None:
-            loss_align = alignment_loss(
-                args.align_loss,
-                features,
-                targets,
-                has_text,
-                temperature,
-                mixing if args.mix_text else None,
-                labels if args.align_targets == "class" else None,
-            )
-            loss = loss + args.align_weight * loss_align
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        if args.clip_grad:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
-        if ema:
-            ema.update_parameters(model)
-            for name, buffer in ema.module.named_buffers():
-                if (
-                    not buffer.is_floating_point()
-                ):  # indices and counters: their average means nothing
-                    buffer.copy_(model.get_buffer(name))
-        with torch.no_grad():
-            hits = ((logits[0].argmax(1) == labels) & (labels >= 0)).sum()
-            values = torch.stack([loss_ce, loss_align])
-            sums += torch.cat([values, torch.stack([hits, (labels >= 0).sum()]).float()])
-            first_bad = (bad_step < 0) & ~values.isfinite().all()
-            bad_step, bad_values = (
-                torch.where(first_bad, step, bad_step),
-                torch.where(first_bad, values, bad_values),
-            )
+        unreadable.update(failed[failed >= 0].tolist())  # on the CPU: no synchronisation
+        labels, texts = labels.to(device, non_blocking=True), texts.to(device, non_blocking=True)
+        sums += train_step(args, run, normalise(images, run), labels, texts, rng)
         bar.update()
-        if step % 50 == 49 or step == len(loader) - 1:
-            if dist.is_initialized():
-                dist.all_reduce(bad_step, dist.ReduceOp.MAX)  # all processes stop, or none
-            if bad_step >= 0:
-                bar.close()
-                good = os.path.join(args.out, "last.pt")
-                raise SystemExit(
-                    f"the loss is not finite at step {int(bad_step)} of epoch {epoch}: CE {bad_values[0]:.4g}, alignment {bad_values[1]:.4g}; "
-                    + (
-                        f"{good} is the last good checkpoint"
-                        if os.path.exists(good)
-                        else "there is no checkpoint yet"
-                    )
-                    + ". Try a smaller --lr, --clip-grad 1 or --amp bfloat16"
-                )
-            bar.set_postfix_str(
-                f"CE {sums[0] / (step + 1):.3f} align {sums[1] / (step + 1):.3f}", refresh=False
-            )
+        if step % 50 == 0 or step == len(loader):
+            ce, align = finite_losses(sums, step, epoch, args)
+            bar.set_postfix_str(f"CE {ce:.3f} align {align:.3f}", refresh=False)
         if finished:
             finished.record()
         tick = time.perf_counter()
     bar.close()
-    world = 1
+    seconds, (_, _, hits, labelled) = time.perf_counter() - start, global_sum(sums).tolist()
+    speed = len(loader) * args.batch_size * args.world_size / seconds
+    entry = {"epoch": epoch + 1, "lr": rate, "loss_ce": ce}
+    entry |= {"loss_align": align} if args.embeddings else {}
+    entry |= {"train_top1": 100 * hits / max(1, labelled), "images_per_s": speed}
+    return entry | {"data_wait": wait / seconds, "unreadable": unreadable}
+
+
+def global_sum(x: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
-        dist.all_reduce(sums)
-        world = dist.get_world_size()
-    seconds, (ce, align, hits, labelled) = time.perf_counter() - start, sums.tolist()
-    entry = {
-        "loss_ce": ce / len(loader) / world,
-        "loss_align": align / len(loader) / world,
-        "train_top1": 100 * hits / max(1, labelled),
-        "images_per_s": len(loader) * args.batch_size * world / seconds,
-        "data_wait": wait / seconds,
-        "unreadable": failed,
-    }
-    return (
-        entry
-        if args.embeddings
-        else {name: value for name, value in entry.items() if name != "loss_align"}
-    )
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+def finite_losses(sums: torch.Tensor, step: int, epoch: int, args) -> tuple[float, float]:
+    """Mean CE and L_align over all processes; if they are not finite, all stop."""
+    ce, align = (global_sum(sums)[:2] / step / args.world_size).tolist()
+    if not math.isfinite(ce + align):
+        where = f"in the 50 steps up to step {step} of epoch {epoch + 1}"
+        what = f"the loss is not finite {where} (CE {ce:.4g}, alignment {align:.4g})"
+        raise SystemExit(f"{what}: {args.out}/last.pt stays. {NOT_FINITE}")
+    return ce, align
 
 
 @torch.inference_mode()
-def validate(
-    model: nn.Module, samples: list, args: argparse.Namespace, rank: int, world: int
-) -> float:
+def validate(run: SimpleNamespace, loader: DataLoader) -> float:
     """Top-1 in percent over all readable images, each counted once."""
-    model.eval()
-    if dist.is_initialized():  # batch norm's statistics of the last step are each process's own: what is saved, process 0's, is what is measured
+    model = run.net.model.eval()
+    if dist.is_initialized():  # batch norm's statistics differ: process 0's are saved, and count
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    loader = DataLoader(
-        EvalImages(samples[rank::world], args),
-        args.batch_size,
-        num_workers=args.workers,
-        pin_memory=args.device.startswith("cuda"),
-    )
-    counts = torch.zeros(2, dtype=torch.float64, device=args.device)
-    for images, labels in loader:
-        labels = labels.to(args.device, non_blocking=True)
-        output = model(images.to(args.device, non_blocking=True, memory_format=torch.channels_last))
-        counts += torch.stack(
-            [(getattr(output, "logits", output).argmax(1) == labels).sum(), (labels >= 0).sum()]
-        )
-    if dist.is_initialized():
-        dist.all_reduce(counts)
-    return float(100 * counts[0] / counts[1])
+    counts = torch.zeros(2, dtype=torch.float64, device=run.mean.device)
+    for images, labels, *_ in loader:
+        output = model(normalise(images, run))
+        labels = labels.to(counts.device, non_blocking=True)
+        hits = getattr(output, "logits", output).argmax(1) == labels
+        counts += torch.stack([hits.sum(), (labels >= 0).sum()])
+    hits, readable = global_sum(counts).tolist()
+    return 100 * hits / max(1, readable)
 
 
-def make_optimizer(
-    net: nn.Module, args: argparse.Namespace, amp: torch.dtype | None
-) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9 or AdamW; without `decay_norms`, vectors, position embeddings and class tokens are not decayed; tau never is."""
-    spare = ("pos_embed", "position", "class_token", "cls_token")
-    kept = [
-        p
-        for name, p in net.named_parameters()
-        if p.requires_grad
-        and (
-            p.ndim == 0
-            or not args.decay_norms
-            and (p.ndim == 1 or any(part in name for part in spare))
-        )
-    ]
-    spared = {id(p) for p in kept}
-    groups = [
-        {"params": [p for p in net.parameters() if p.requires_grad and id(p) not in spared]},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    return torch.optim.SGD(
-        groups,
-        lr=args.lr,
-        momentum=0.9,
-        weight_decay=args.weight_decay,
-        fused=amp is not torch.float16,
-    )  # torch 2.14: fused momentum starts from garbage if GradScaler skips the first step
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace):
-    """Per epoch: linear from warmup_lr, then a cosine to min_lr."""
-    cosine = CosineAnnealingLR(
-        optimizer, max(1, args.epochs - args.warmup_epochs), eta_min=args.min_lr
-    )
-    if not args.warmup_epochs:
-        return cosine
-    warmup = LinearLR(optimizer, min(1.0, args.warmup_lr / args.lr), total_iters=args.warmup_epochs)
-    return SequentialLR(optimizer, [warmup, cosine], [args.warmup_epochs])
+def settings_of(args, samples: list[tuple[str, int]], captions: Captions | None, amp) -> dict:
+    """All that decides about the weights; evaluate.py groups runs by it."""
+    free = ["data", "out", "captions", "embeddings", "device", "workers", "rank", "resume"]
+    settings = {name: value for name, value in vars(args).items() if name not in [*free, "compile"]}
+    checksum = 0
+    for path, label in samples:
+        checksum = zlib.crc32(os.fsencode(f"{key_of(path, args.data)} {label}"), checksum)
+    settings |= {"amp": str(amp), "text": captions.identity if captions else None}
+    return settings | {"images": f"{len(samples)} ({checksum:08x})"}
 
 
 def save(state: dict, file: str) -> None:
     try:
         torch.save(state, file + ".tmp")
     except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(
-            None, f"cannot be written, is the disk full? ({str(error).splitlines()[0]})", file
-        )
+        advice = "what was saved stays: start again with --resume"
+        sentence = f"cannot be written, is the disk full? ({first_line(error)}); {advice}"
+        raise SystemExit(f"{file}: {sentence}") from error
     os.replace(file + ".tmp", file)
+
+
+def resume(args: argparse.Namespace, run: SimpleNamespace, settings: dict) -> dict:
+    """Restore the run; {"epoch", "best_top1", "log"}, of a new one if there is no checkpoint."""
+    last = os.path.join(args.out, "last.pt")
+    file = args.resume if isinstance(args.resume, str) else last
+    if os.path.exists(last) and not args.resume:
+        raise SystemExit(f"{last} exists: go on with --resume, or choose another --out")
+    if not args.resume or (file == last and not os.path.exists(last)):
+        versions = {m.__name__: m.__version__ for m in (torch, torchvision, transformers, np)}
+        log = [{"config": vars(args) | settings, "versions": str(versions)}]
+        return {"epoch": 0, "best_top1": -1.0, "log": log}
+    try:
+        state = torch.load(file, map_location=args.device, weights_only=True)
+        found, parts = state["settings"], {name: state[name] for name in run.parts}
+    except Exception as error:  # best.pt, say, or a pickle of code
+        raise SystemExit(f"--resume {file}: not a last.pt, {first_line(error)}") from error
+    changed = [f"{k} {found.get(k)} -> {v}" for k, v in settings.items() if found.get(k) != v]
+    if changed:
+        raise SystemExit(f"--resume {file}: these settings differ: {'; '.join(changed)}")
+    for name, part in run.parts.items():
+        part.load_state_dict(parts[name])
+    print(f"resuming {file} after epoch {state['epoch']} of {args.epochs}")
+    return {name: state[name] for name in ("epoch", "best_top1", "log")}
+
+
+def save_epoch(args, run: SimpleNamespace, progress: dict, plain: dict) -> None:
+    """Print the epoch; write best.pt if it is the best one, last.pt, and the log."""
+    entry, model, folder = progress["log"][-1], run.net.model, args.out
+    figures = [f"{name} {x:.4g}" for name, x in entry.items() if isinstance(x, float)]
+    print(f"epoch {progress['epoch']}/{args.epochs}: {', '.join(figures)}")
+    os.makedirs(folder, exist_ok=True)
+    plain = plain | {"model": model.state_dict(), "val_top1": entry.get("val_top1")}
+    plain |= {"ema": run.ema.module.state_dict() if run.ema else None, "epoch": progress["epoch"]}
+    plain["projection"] = run.net.projection.state_dict() if run.net.projection else None
+    if entry.get("val_top1", -1.0) > progress["best_top1"]:
+        progress["best_top1"] = entry["val_top1"]
+        save(plain | {"selected": "best epoch on the validation folder"}, f"{folder}/best.pt")
+    parts = {name: part.state_dict() for name, part in run.parts.items()}
+    save(plain | {"selected": "last epoch"} | parts | progress, f"{folder}/last.pt")
+    with open(f"{folder}/log.jsonl.tmp", "w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(line) + "\n" for line in progress["log"])
+    os.replace(f"{folder}/log.jsonl.tmp", f"{folder}/log.jsonl")
+
+
+def start_process(args: argparse.Namespace) -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        # PR_SET_PDEATHSIG: no rank outlives a torchrun that is killed, writing beside its successor
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if args.rank > 0:
+        sys.stdout = None  # print() is for process 0
+    if args.device.startswith("cuda"):
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        torch.cuda.set_device(local if args.device == "cuda" else args.device)
+    elif args.world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
+        # more threads than cores cost more than they bring
+        torch.set_num_threads(max(1, available_cpus() - args.workers))
+
+
+def describe_run(args, model: nn.Module, data: tuple, captions: Captions | None) -> None:
+    classes, samples, val_samples = data
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    described = np.count_nonzero(np.diff(captions.starts)) if captions else 0
+    images = (
+        f"{len(samples)} training images ({described} with captions), {len(val_samples)} in val"
+    )
+    batch = f"batch {args.batch_size} x {args.world_size}, lr {args.lr:g}"
+    print(f"{args.arch}, {size:.2f} M parameters, {len(classes)} classes, {images}, {batch}")
+    if captions and captions.foreign:
+        print(f"{captions.foreign} captions belong to no image of train/")
+
+
+def check_epoch(args, run: SimpleNamespace, unreadable: set[int], samples: list) -> int:
+    """Name the images that could not be read, and stop before bad weights are saved. How many."""
+    if dist.is_initialized():
+        parts = [None] * args.world_size
+        dist.all_gather_object(parts, unreadable)
+        unreadable = set().union(*parts)
+    if unreadable:
+        names = [repr(key_of(samples[i][0], args.data)) for i in sorted(unreadable)[:5]]
+        print(f"{len(unreadable)} unreadable images left out: {', '.join(names)}")
+    if len(unreadable) * args.repeated_aug > len(samples) - args.batch_size * args.world_size:
+        raise SystemExit("no training image can be read")
+    if not all(parameter.isfinite().all() for parameter in run.net.parameters()):
+        raise SystemExit(f"this epoch left weights that are not finite: not saved. {NOT_FINITE}")
+    return len(unreadable)
 
 
 def main() -> None:
     args = parse_args()
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGKILL
-        )  # PR_SET_PDEATHSIG: no rank outlives a torchrun that is killed, writing beside its successor
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(args.device)
-    if args.device == "cpu" and world == 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(
-            max(1, (os.cpu_count() or 1) - args.workers)
-        )  # more threads than cores cost more than they bring
-    if world > 1:
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    lead = rank == 0
-    say = print if lead else (lambda *_: None)
-    last, log_file = os.path.join(args.out, "last.pt"), os.path.join(args.out, "log.jsonl")
-    if os.path.exists(last) and not args.resume:
-        raise SystemExit(f"{last} exists: continue that run with --resume, or choose another --out")
-    if isinstance(args.resume, str) and not os.path.exists(args.resume):
-        raise SystemExit(f"--resume {args.resume}: no such file")
-
-    # everything that can be wrong with the input is found before the first step
-    train_folder, val_folder = os.path.join(args.data, "train"), os.path.join(args.data, "val")
-    try:
-        classes = [name for name in find_classes(train_folder)[0] if name != UNLABELED]
-        strangers = set(find_classes(val_folder)[0]) - set(classes)
-    except FileNotFoundError as error:
-        raise SystemExit(
-            f"--data {args.data} must hold train/ and val/ with class folders: {error}"
-        )
-    if strangers:
-        raise SystemExit(
-            f"{val_folder} has {len(strangers)} class folder(s) that train/ has not, the first is '{min(strangers)}'"
-        )
-    samples = list_samples(train_folder, classes)
-    unlabelled = [(path, -1) for path, _ in list_samples(train_folder, [UNLABELED], optional=True)]
-    val_samples = list_samples(val_folder, classes, optional=True)
-    if unlabelled and not args.embeddings:
-        raise SystemExit(
-            f"train/{UNLABELED} holds {len(unlabelled)} images, which only alignment can use: pass --captions and --embeddings, or move it away"
-        )
-    samples += unlabelled
-    captions = (
-        Captions(
-            args.captions,
-            args.embeddings,
-            (key_of(path, train_folder) for path, _ in samples),
-            args.seed if args.shuffle_captions else None,
-        )
-        if args.embeddings
-        else None
-    )
-    if len(samples) < args.batch_size * world:
-        raise SystemExit(
-            f"{len(samples)} training images do not fill one batch of {args.batch_size} x {world} processes: use a smaller -b"
-        )
-
-    # the model, the head on it, the optimiser
-    torch.manual_seed(args.seed)
+    start_process(args)
+    data = classes, samples, val_samples = list_data(args.data)
+    captions, keys = None, (key_of(path, args.data) for path, _ in samples)
+    if args.embeddings:
+        shuffle = args.seed if args.shuffle_captions else None
+        captions = Captions(args.captions, args.embeddings, keys, shuffle)
     model, rebuild = build_model(args, len(classes))
-    model.aux_weights = {"googlenet": (0.3, 0.3), "inception_v3": (0.4,)}.get(args.arch, ())
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
-    try:  # as in training, where auxiliary heads may need larger images than evaluation does
-        output = model.train()(torch.zeros(2, 3, args.input_size, args.input_size))
-        sum(
-            x.sum()
-            for x in (output if isinstance(output, tuple) else [getattr(output, "logits", output)])
-            if x is not None
-        ).backward()
-    except Exception as error:
-        raise SystemExit(
-            f"--arch {args.arch} does not take images of {args.input_size} pixels: {str(error).splitlines()[0]}"
-        )
-    model.load_state_dict(buffers, strict=False)
-    for (
-        parameter
-    ) in model.parameters():  # what classification does not use (a mask token, say) would stop DDP
-        parameter.requires_grad_(parameter.grad is not None)
-        parameter.grad = None
-    torch.manual_seed(args.seed)
-    net = Aligned(model, len(classes), args, captions.width if captions else None).to(
-        args.device, memory_format=torch.channels_last
-    )
-    if args.sync_bn:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    if args.lr is None:
-        rate, images = LEARNING_RATES[args.recipe]
-        args.lr = rate * args.batch_size * world / images
-    amp = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(args.amp)
-    if args.amp == "auto" and args.device.startswith("cuda"):
-        amp = (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-    optimizer = make_optimizer(net, args, amp)
-    schedule = make_schedule(optimizer, args)
-    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=amp is torch.float16)
-    ema = (
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
-        if args.ema_decay
-        else None
-    )
-
-    # what the run is, and what of it is done already
-    os.makedirs(args.out, exist_ok=True)
-    settings = {
-        k: v
-        for k, v in vars(args).items()
-        if k
-        not in ("data", "out", "captions", "embeddings", "workers", "device", "resume", "compile")
-    }
-    listing = 0  # which images, with which labels: a run neither goes on with others nor is grouped with runs on others
-    for path, label in samples:
-        listing = zlib.crc32(os.fsencode(f"{path[len(train_folder) :]} {label}"), listing)
-    settings |= {
-        "amp": str(amp),
-        "world_size": world,
-        "text": captions.identity if captions else None,
-        "images": f"{len(samples)} ({listing:08x})",
-    }
-    log = [
-        {
-            "config": vars(args) | settings,
-            "git": git_commit(),
-            "versions": {
-                m.__name__: str(m.__version__) for m in (torch, torchvision, transformers, np)
-            },
-            "python": sys.version.split()[0],
-        }
-    ]
-    first_epoch, best = 0, -1.0
-    checkpoint = last if args.resume is True else args.resume
-    if checkpoint and os.path.exists(checkpoint):
-        try:
-            state = torch.load(checkpoint, map_location=args.device, weights_only=True)
-        except Exception as error:
-            raise SystemExit(
-                f"--resume {checkpoint}: not a checkpoint of train.py that can be read safely ({type(error).__name__})"
-            )
-        if "net" not in state:
-            raise SystemExit(f"--resume {checkpoint}: only last.pt holds what is needed to go on")
-        if state["classes"] != classes:
-            raise SystemExit(
-                f"--resume {checkpoint}: it was trained on other classes ({len(state['classes'])}, here {len(classes)})"
-            )
-        changed = [
-            f"{k} {state['settings'].get(k)} -> {v}"
-            for k, v in settings.items()
-            if state["settings"].get(k) != v
-        ]
-        if changed:
-            raise SystemExit(
-                f"--resume {checkpoint}: these settings differ from the run's: {'; '.join(changed)}"
-            )
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        scaler.load_state_dict(state["scaler"])
-        if ema:
-            ema.load_state_dict(state["ema_state"])
-        first_epoch, best, log = state["epoch"], state["best_top1"], state["log"]
-        del state
-        say(f"resuming {checkpoint} after epoch {first_epoch} of {args.epochs}")
-    if lead:
-        with open(log_file + ".tmp", "w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(entry) + "\n" for entry in log)
-        os.replace(log_file + ".tmp", log_file)
-
-    # train
-    if args.compile:
-        model.compile()
-    ddp = (
-        DistributedDataParallel(
-            net, device_ids=[args.device] if args.device.startswith("cuda") else None
-        )
-        if world > 1
-        else net
-    )
-    mixers = [
-        kind(alpha=alpha, num_classes=args.batch_size)
-        for kind, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix))
-        if alpha
-    ]
-    mix = v2.RandomChoice(mixers) if mixers else None
-    sampler = EpochSampler(len(samples), args.repeated_aug, args.seed, rank, world)
-    loader = DataLoader(
-        TrainImages(samples, train_transform(args), captions, args.input_size),
-        args.batch_size,
-        sampler=sampler,
-        drop_last=True,
-        num_workers=args.workers,
-        pin_memory=args.device.startswith("cuda"),
-        persistent_workers=args.workers > 0,
-        generator=torch.Generator(),
-    )  # its own: it would disturb dropout after a resume
-    with_text = sum(captions.count(i) > 0 for i in range(len(samples))) if captions else 0
-    say(
-        f"{args.arch}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(classes)} classes, {len(samples)} training images ({with_text} with captions, {len(unlabelled)} without a label), "
-        f"{len(val_samples)} validation images, batch {args.batch_size} x {world}, lr {args.lr:g}"
-        + (
-            f"; {captions.foreign} captions belong to no image of train/"
-            if captions and captions.foreign
-            else ""
-        )
-    )
-
-    began = time.perf_counter()
-    for epoch in range(first_epoch, args.epochs):
-        sampler.epoch = epoch
-        torch.manual_seed(
-            (args.seed * 10_007 + epoch) * 10_007 + rank
-        )  # dropout, mixup: a resumed epoch draws the same
-        lr = optimizer.param_groups[0]["lr"]
-        entry = {"epoch": epoch + 1, "lr": lr} | train_epoch(
-            args, ddp, model, loader, optimizer, scaler, ema, mix, amp, epoch + 1, not lead
-        )
-        schedule.step()
-        failed = entry.pop("unreadable")
-        if world > 1:
-            parts = [None] * world
-            dist.all_gather_object(parts, failed)
-            failed = set().union(*parts)
-        if failed:
-            say(
-                f"epoch {epoch + 1}: {len(failed)} unreadable images left out: {', '.join(repr(key_of(samples[i][0], train_folder)) for i in sorted(failed)[:5])}"
-            )
-        if len(failed) * args.repeated_aug >= len(loader) * args.batch_size * world:
-            raise SystemExit("no training image can be read")
-        if not torch.stack([p.detach().isfinite().all() for p in net.parameters()]).all():
-            raise SystemExit(
-                f"epoch {epoch + 1} left weights that are not finite; {last} was not overwritten. Try a smaller --lr, --clip-grad 1 or --amp bfloat16"
-            )
-        entry |= {
-            "unreadable": len(failed),
-            "unlabelled": len(unlabelled),
-            "without_text": len(samples) - with_text if captions else None,
-        }
+    describe_run(args, model, data, captions)
+    loader, val_loader = make_loaders(args, samples, val_samples, captions)
+    if args.world_size > 1:
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    run = prepare(args, model, len(classes), captions.width if captions else None)
+    settings = settings_of(args, samples, captions, run.amp)
+    plain = {"arch": args.arch, "rebuild": rebuild, "classes": classes, "settings": settings}
+    plain |= {name: getattr(args, name) for name in PREPROCESSING}
+    progress = resume(args, run, settings)
+    for epoch in range(progress["epoch"], args.epochs):
+        entry = train_epoch(args, run, loader, epoch)
+        entry["unreadable"] = check_epoch(args, run, entry["unreadable"], samples)
         if (epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs:
-            entry["val_top1"] = validate(model, val_samples, args, rank, world)
-            if ema:
-                entry["val_top1_ema"] = validate(ema.module, val_samples, args, rank, world)
-        log.append(entry)
-        if not lead:
-            continue
-        say(
-            f"epoch {epoch + 1}/{args.epochs}: "
-            + ", ".join(
-                f"{k} {v:.3g}" if k in ("lr", "data_wait") else f"{k} {v:.2f}"
-                for k, v in entry.items()
-                if isinstance(v, float)
-            )
-        )
-        with open(log_file, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
-        plain = {
-            "model": model.state_dict(),
-            "ema": ema.module.state_dict() if ema else None,
-            "arch": args.arch,
-            "rebuild": rebuild,
-            "classes": classes,
-            "input_size": args.input_size,
-            "crop_ratio": args.crop_ratio,
-            "interpolation": args.interpolation,
-            "mean": args.mean,
-            "std": args.std,
-            "epoch": epoch + 1,
-            "val_top1": entry.get("val_top1"),
-            "settings": settings,
-            "projection": net.projection.state_dict() if captions else None,
-        }
-        if entry.get("val_top1", -1.0) > best:
-            best = entry["val_top1"]
-            save(
-                plain | {"selected": "best epoch on the validation folder"},
-                os.path.join(args.out, "best.pt"),
-            )
-        save(
-            plain
-            | {
-                "selected": "last epoch",
-                "net": net.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "scaler": scaler.state_dict(),
-                "ema_state": ema.state_dict() if ema else None,
-                "best_top1": best,
-                "log": log,
-            },
-            last,
-        )
-    say(
-        f"{last}: {args.epochs} epochs, val top-1 {log[-1].get('val_top1', float('nan')):.2f} % (best epoch, chosen on the validation folder: {best:.2f} %), "
-        f"{time.perf_counter() - began:.0f} s, {log[-1].get('images_per_s', 0):.0f} images/s, {log[-1].get('data_wait', 0):.0%} of the time waiting for data"
-    )
-    if world > 1:
+            entry["val_top1"] = validate(run, val_loader)
+        progress["epoch"] = epoch + 1
+        progress["log"].append(entry)
+        if args.rank == 0:
+            save_epoch(args, run, progress, plain)
+    print(f"{args.out}/last.pt: {args.epochs} epochs; best top-1 {progress['best_top1']:.2f} %")
+    if args.world_size > 1:
         dist.destroy_process_group()
-
-
-def git_commit() -> str | None:
-    try:
-        return subprocess.run(
-            ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":
     try:
         main()
     except OSError as error:
-        raise SystemExit(
-            f"{error.filename or 'disk'}: {error.strerror or error}; what was saved stays: start again with --resume"
-        )
+        raise SystemExit(f"{error.filename or 'train.py'}: {error.strerror or error}") from error
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; start again with --resume")
+        raise SystemExit("interrupted; start again with --resume") from None

@@ -1,867 +1,589 @@
 """Embed captions with a frozen text encoder: stage 2 of 4 (caption -> embed -> train -> evaluate).
 
 In:  --captions FILE.jsonl  one JSON object with a "caption" per line
-Out: --out FILE.npy         float16 (or float32) array [lines, width]; row i is line i's embedding, of length 1
-     FILE.json              which captions (SHA-256) and which encoder the rows belong to: train.py refuses any others
+Out: --out FILE.npy         float16 (or float32) [lines, width]; row i embeds line i, length 1
+     FILE.json              of which captions (SHA-256) and encoder: train.py refuses any others
 
-Launch:
-    python embed.py --captions captions.jsonl                                         # all-MiniLM-L6-v2, 384-d
-    python embed.py --captions captions.jsonl --model openai/clip-vit-base-patch32    # the paper's kind of encoder
-    torchrun --nproc_per_node=8 embed.py --captions captions.jsonl --model microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned
-    python embed.py --captions captions.jsonl --model meta-llama/Llama-3.2-1B --tune-epochs 1 --lora-rank 16 --tuned-out tuned    # LLM2CLIP
+Launch (all-MiniLM-L6-v2; the paper's kind of encoder; an LLM; an LLM, tuned as in LLM2CLIP):
+    python embed.py --captions captions.jsonl
+    python embed.py --captions captions.jsonl --model openai/clip-vit-base-patch32
+    torchrun --nproc_per_node=8 embed.py --captions captions.jsonl \\
+        --model microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned
+    python embed.py --captions captions.jsonl --model meta-llama/Llama-3.2-1B \\
+        --tune-epochs 1 --lora-rank 16 --tuned-out tuned
 
-Kill it at any moment and run the same line again: it goes on with the batches that are missing (tuning starts over). Memory does not
-grow with the captions (tuning holds them all): token ids wait in a file, rows go through a memory map; an index of some 50 bytes per
-caption stays in memory.
+Killed at any moment, the same line goes on with the batches that are missing (tuning starts over).
+Memory does not grow with the captions, but for some 50 bytes each (tuning holds them all).
 """
 
 import argparse
-import collections
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import random
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import nn
-from torch.nn.utils import parametrize
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModel, AutoTokenizer, logging
+from transformers.utils import cached_file, extract_commit_hash
 
-DEFAULT_MODEL = (
-    "sentence-transformers/all-MiniLM-L6-v2"  # small, fast, the most used sentence encoder there is
-)
-POOLINGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",  # sentence-transformers' older names,
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "last",
-}  # in its order of concatenation
+POOLINGS = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last"}
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The module's docstring as it stands, and the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("--captions", default="captions.jsonl", help="default: captions.jsonl")
-    p.add_argument("--out", default="embeddings.npy", help="default: embeddings.npy")
-    p.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        help=f"hub id or folder of a text encoder; default: {DEFAULT_MODEL}",
-    )
-    p.add_argument(
-        "--pooling",
-        default="auto",
-        choices=["auto", "mean", "cls", "last"],
-        help="auto: what the model's sentence-transformers files say, the projected features of CLIP, else the mean; default: auto",
-    )
-    p.add_argument(
-        "--prefix",
-        help='put before each caption ("query: "); default: the default prompt of the model\'s sentence-transformers files',
-    )
-    p.add_argument(
-        "--max-length", type=int, help="tokens kept of a caption; default: the model's own limit"
-    )
-    p.add_argument(
-        "--batch-size", type=int, default=1024, help="most captions in a batch; default: 1024"
-    )
-    p.add_argument(
-        "--batch-tokens",
-        type=int,
-        help="most tokens in a batch, padding included; default: 1024 on a CPU, 32768 on a GPU",
-    )
-    p.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cuda, cuda:N or cpu; default: cuda if there is one",
-    )
-    p.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the weights; auto: as saved, float32 ones under float16 autocast on a GPU; default: auto",
-    )
-    p.add_argument(
-        "--out-dtype",
-        default="float16",
-        choices=["float16", "float32"],
-        help="of the rows on disk; default: float16",
-    )
-    p.add_argument(
-        "--tune-epochs",
-        type=int,
-        default=0,
-        metavar="N",
-        help="caption-contrastive tuning (LLM2CLIP) before embedding; needs images with two captions; default: 0",
-    )
-    p.add_argument(
-        "--tuned-out",
-        default="tuned",
-        metavar="DIR",
-        help="where the tuned encoder is saved: a model folder like any other; default: tuned",
-    )
-    p.add_argument(
-        "--tune-batch",
-        type=int,
-        default=64,
-        help="images, of two captions each, per step; default: 64",
-    )
-    p.add_argument(
-        "--tune-lr",
-        type=float,
-        help="peak learning rate; default: 2e-4 with --lora-rank (LLM2CLIP's), else 5e-5",
-    )
-    p.add_argument(
-        "--lora-rank",
-        type=int,
-        default=0,
-        metavar="R",
-        help="train low-rank updates of the linear layers only, so that an 8B model fits one GPU; LLM2CLIP: 16; default: 0, all weights",
-    )
-    p.add_argument("--seed", type=int, default=0, help="of the tuning")
-    p.add_argument(
-        "--revision", default="main", help="branch, tag or commit of a hub model; default: main"
-    )
-    p.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run Python code that comes with the model: only if you have read it",
-    )
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
+    add = p.add_argument
+    add("--captions", default="captions.jsonl", help="what caption.py wrote")
+    add("--out", default="embeddings.npy", help="the rows; a .json beside them says of what")
+    add("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="hub id or folder")
+    add("--revision", default="main", help="branch, tag or commit of a hub model")
+    add("--trust-remote-code", action="store_true", help="run the model's own code: read it first")
+    poolings = ["auto", *POOLINGS.values()]
+    add("--pooling", default="auto", choices=poolings, help="auto: the model's own, else the mean")
+    add("--prefix", help='put before each caption ("query: "); else the default prompt of --model')
+    add("--max-length", type=int, help="tokens kept of a caption; else the limit of --model")
+    add("--batch-size", type=int, default=1024, help="most captions in a batch")
+    add("--batch-tokens", type=int, help="most with padding; else 1024 on a CPU, 32768 on a GPU")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda[:N] or cpu")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    add("--dtype", default="auto", choices=dtypes, help="auto: as saved; float32 on GPUs: autocast")
+    add("--out-dtype", default="float16", choices=["float16", "float32"], help="of the rows")
+    add("--tune-epochs", type=int, default=0, help="LLM2CLIP's tuning, on images with two captions")
+    add("--tuned-out", default="tuned", metavar="DIR", help="the tuned encoder's model folder")
+    add("--tune-batch", type=int, default=64, help="images, of two captions each, per step")
+    add("--tune-lr", type=float, help="peak; else 2e-4 with --lora-rank (LLM2CLIP's), 5e-5 without")
+    add("--lora-rank", type=int, default=0, help="of a LoRA (LLM2CLIP: 16), which 8B need; 0: none")
+    add("--seed", type=int, default=0, help="of the tuning")
     args = p.parse_args()
+    args.metadata, args.temporary = args.out.removesuffix(".npy") + ".json", args.out + ".tmp"
     args.batch_tokens = args.batch_tokens or (32768 if args.device.startswith("cuda") else 1024)
-    for wrong, sentence in (
-        (
-            min(args.batch_size, args.batch_tokens, (args.max_length or 3) - 2, args.tune_batch) < 1
-            or args.max_length == 0,
-            "--batch-size, --batch-tokens and --tune-batch start at 1, --max-length at 3",
-        ),
-        (
-            args.device.startswith("cuda") and not torch.cuda.is_available(),
-            "--device cuda: this machine has no GPU that torch can use",
-        ),
-        (
-            not os.path.isdir(os.path.dirname(args.out) or ".") or not args.out.endswith(".npy"),
-            f"--out {args.out}: a name that ends in .npy, in a folder that exists",
-        ),
-        (
-            args.model.startswith((".", "/")) and not os.path.isdir(args.model),
-            f"--model {args.model}: there is no such folder",
-        ),
-        (
-            args.captions == args.out.removesuffix(".npy") + ".json",
-            f"--out {args.out}: its description would replace the captions; choose another name",
-        ),
-        (
-            (args.lora_rank or args.tune_lr) and not args.tune_epochs,
-            "--lora-rank and --tune-lr do nothing without --tune-epochs",
-        ),
-        (
-            args.tune_epochs and "WORLD_SIZE" in os.environ,
-            "--tune-epochs runs in one process: tune first, then embed with torchrun and --model DIR",
-        ),
-    ):
-        if wrong:
-            p.error(sentence)
+    local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    args.device = local if args.device == "cuda" else args.device
+    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check_args(p, args)
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------- the encoder
+def check_args(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if min(args.batch_size, args.batch_tokens, args.tune_batch, (args.max_length or 3) - 2) < 1:
+        p.error("--batch-size, --batch-tokens and --tune-batch start at 1, --max-length at 3")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        p.error("--device cuda: this machine has no GPU that torch can use")
+    if not args.out.endswith(".npy") or not Path(args.out).parent.is_dir():
+        p.error(f"--out {args.out}: a name that ends in .npy, in a folder that exists")
+    if args.captions == args.metadata:
+        p.error(f"--out {args.out}: its description would replace the captions; name it otherwise")
+    if args.model.startswith((".", "/")) and not os.path.isdir(args.model):
+        p.error(f"--model {args.model}: there is no such folder")
+    if (args.lora_rank or args.tune_lr) and not args.tune_epochs:
+        p.error("--lora-rank and --tune-lr do nothing without --tune-epochs")
+    if args.tune_epochs and args.world > 1:
+        p.error("--tune-epochs runs in one process: tune first, then torchrun with --model DIR")
 
 
-def read_json(args: argparse.Namespace, name: str) -> dict | list | None:
-    """A JSON file of the model (a folder or a hub id), None if it has no such file."""
-    try:
-        file = cached_file(
-            args.model, name, revision=args.revision, _raise_exceptions_for_missing_entries=False
-        )
-    except OSError as error:
-        raise SystemExit(
-            f"--model {args.model}: cannot load it: {str(error).strip().splitlines()[0]}"
-        )
-    return json.load(open(file, encoding="utf-8")) if file else None
+def first_line(error: BaseException) -> str:
+    """The error's kind and the first line of its text, if it has any."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def model_file(args: argparse.Namespace, name: str, folder: str = "") -> str | None:
+    """Path of a file of the model (a folder or a hub id), None if it has no such file."""
+    source = {"subfolder": folder, "revision": args.revision}
+    return cached_file(args.model, name, _raise_exceptions_for_missing_entries=False, **source)
+
+
+def read_json(file: str | None) -> dict | list:
+    """Its content, {} if there is no such file."""
+    return json.loads(Path(file).read_bytes()) if file and os.path.exists(file) else {}
+
+
+def pooling_of(config: dict, prefix: str) -> str:
+    """Our name of a Pooling module's pooling; older files have a flag for each instead."""
+    if prefix and not config.get("include_prompt", True):
+        raise ValueError('its pooling leaves out the prompt: not supported here; try --prefix ""')
+    flags = [flag for flag in config if flag.startswith("pooling_mode_") and config[flag] is True]
+    modes = config.get("pooling_mode") or [flag.removeprefix("pooling_mode_") for flag in flags]
+    modes = [modes] if isinstance(modes, str) else modes
+    return " and ".join(POOLINGS.get(mode, mode) for mode in modes) or "mean"
+
+
+def load_dense(args: argparse.Namespace, folder: str, config: dict) -> nn.Sequential:
+    """A Dense module: a linear layer and its activation."""
+    package, _, activation = config["activation_function"].rpartition(".")
+    plain = config.get("module_input_name", "sentence_embedding") == "sentence_embedding"
+    if not plain or config.get("use_residual") or not package.startswith("torch.nn"):
+        raise ValueError(f"its Dense module is not supported here: {config}")
+    linear = nn.Linear(config["in_features"], config["out_features"], bias=config["bias"])
+    state = load_file(model_file(args, "model.safetensors", folder))
+    linear.load_state_dict({name.removeprefix("linear."): state[name] for name in state})
+    return nn.Sequential(linear, getattr(nn, activation)())
 
 
 class TextEncoder(nn.Module):
-    """A frozen text encoder of any kind: token ids [B, T] and mask [B, T] (or None: no padding) in, unit vectors [B, D] out.
-
-    sentence-transformers models are read from their own files (modules.json and what it names) and give the same vectors as
-    `SentenceTransformer.encode(normalize_embeddings=True)`; CLIP-style models give their projected text features; T5-style
-    ones their encoder's states, all others their last hidden states, pooled by `--pooling` (the mean by default).
-    """
+    """A frozen text encoder: captions -> `tokenize` -> `forward` -> unit vectors [B, D]. Those of a
+    sentence-transformers model's `encode(normalize_embeddings=True)`, a CLIP's projected features,
+    or the states of a T5's encoder or the last layer of all others, pooled by `--pooling`."""
 
     def __init__(self, args: argparse.Namespace):
         super().__init__()
-        source = dict(revision=args.revision, trust_remote_code=args.trust_remote_code)
-        self.poolings, self.include_prompt, self.prompt_tokens, self.dense = (
-            ("mean",),
-            True,
-            0,
-            nn.ModuleList(),
-        )
-        modules, self.lower, limit, where = read_json(args, "modules.json"), False, None, {}
-        prompts = read_json(args, "config_sentence_transformers.json") or {}
-        self.prefix = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name")) or ""
-        for module in modules or []:
-            kind, path = module["type"].split(".")[-1], module["path"]
-            config = read_json(args, f"{path}/config.json") if path else None
-            if kind == "Transformer":
-                where = {"subfolder": path} if path else {}
-                settings = (
-                    read_json(
-                        args,
-                        f"{path}/sentence_bert_config.json"
-                        if path
-                        else "sentence_bert_config.json",
-                    )
-                    or {}
-                )
-                self.lower, limit = (
-                    settings.get("do_lower_case", False),
-                    settings.get("max_seq_length"),
-                )
-            elif kind == "Pooling":
-                modes = config.get("pooling_mode") or [
-                    POOLINGS.get(key, key)
-                    for key in (*POOLINGS, *config.keys() - POOLINGS)
-                    if key.startswith("pooling_mode_") and config.get(key) is True
-                ]
-                self.poolings = tuple(
-                    mode.replace("lasttoken", "last")
-                    for mode in ([modes] if isinstance(modes, str) else modes)
-                )
-                self.include_prompt = config.get("include_prompt", True)
-            elif (
-                kind == "Dense"
-                and config.get("module_input_name", "sentence_embedding") == "sentence_embedding"
-                and not config.get("use_residual")
-            ):
-                self.dense.append(self.load_dense(args, path, config))
-            elif kind != "Normalize":
-                raise SystemExit(
-                    f"--model {args.model}: its sentence-transformers module {module['type']} is not supported here: use a model of Transformer, Pooling, Dense and Normalize modules"
-                )
-        transformers_logging.set_verbosity_error()  # its report of missing weights; the ones that matter are refused below
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(args.model, **where, **source)
-            config = AutoConfig.from_pretrained(args.model, **where, **source)
-            self.model, loaded = AutoModel.from_pretrained(
-                args.model, dtype=args.dtype, output_loading_info=True, **where, **source
-            )
-        except (OSError, ValueError) as error:
-            raise SystemExit(
-                f"--model {args.model}: cannot load it: {str(error).strip().splitlines()[0]}"
-            )
-        missing = [
-            name
-            for name in loaded["missing_keys"]
-            if "pooler" not in name and not name.startswith("decoder.")
-        ]  # parts that are not used here
-        if missing:
-            raise SystemExit(
-                f"--model {args.model}: its files have no weights for {len(missing)} parts, {min(missing)} for one: embeddings would be random"
-            )
-        for name, parameter in self.model.named_parameters():
-            if name in loaded["missing_keys"]:
-                nn.init.zeros_(
-                    parameter
-                )  # unused; random, it would make the same model another one each time it is loaded
-        self.clip = hasattr(self.model, "get_text_features") and modules is None
-        self.fill = (
-            self.clip and "siglip" in config.model_type
-        )  # it was trained on padding up to the full length, unmasked
-        if config.is_encoder_decoder:
-            self.model = self.model.get_encoder()
-        if args.pooling != "auto":
-            self.poolings, self.clip, self.fill, self.model = (
-                (args.pooling,),
-                False,
-                False,
-                getattr(self.model, "text_model", self.model),
-            )
-        self.prefix = self.prefix if args.prefix is None else args.prefix
+        self.prefix, self.lower, self.pooling, self.dense = "", False, "", nn.Sequential()
+        folder, limit = self.read_modules(args)
+        source = {"subfolder": folder, "revision": args.revision}
+        source["trust_remote_code"] = args.trust_remote_code
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model, **source)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        if (
-            self.prefix and not self.include_prompt
-        ):  # the same count as sentence-transformers: without a closing special token
-            ids = self.tokenizer(self.prefix)["input_ids"]
-            self.prompt_tokens = len(ids) - (ids[-1] in self.tokenizer.all_special_ids)
-        limits = [
-            limit or self.tokenizer.model_max_length,
-            getattr(config.get_text_config(), "max_position_embeddings", None),
-        ]
-        self.max_length = min(value for value in (*limits, args.max_length) if value and value > 0)
+        source |= {"dtype": args.dtype, "output_loading_info": True}
+        self.model, loaded = AutoModel.from_pretrained(args.model, **source)
+        refuse_random_weights(self.model, loaded["missing_keys"])
+        self.config = self.model.config
+        projection = "projection" if hasattr(self.model, "get_text_features") else ""
+        given = "" if args.pooling == "auto" else args.pooling
+        self.pooling = given or self.pooling or projection or "mean"
+        if self.pooling not in (projection, *POOLINGS.values()):
+            raise ValueError(f"its pooling {self.pooling} is not supported here")
+        if self.pooling != projection:
+            self.model = getattr(self.model, "text_model", self.model)
+        if self.config.is_encoder_decoder:
+            self.model = self.model.get_encoder()
         self.model.config.use_cache = False  # one forward pass needs no cache of keys and values
+        # SigLIP was trained on padding up to the full length, unmasked
+        self.fill = self.pooling == "projection" and "siglip" in self.config.model_type
+        limits = [limit or self.tokenizer.model_max_length, args.max_length]
+        limits.append(getattr(self.config.get_text_config(), "max_position_embeddings", None))
+        self.max_length = min(limit for limit in limits if limit and limit > 0)
 
-    @staticmethod
-    def load_dense(args: argparse.Namespace, path: str, config: dict) -> nn.Module:
-        linear = nn.Linear(config["in_features"], config["out_features"], bias=config["bias"])
-        file = cached_file(args.model, f"{path}/model.safetensors", revision=args.revision)
-        linear.load_state_dict(
-            {name.removeprefix("linear."): value for name, value in load_file(file).items()}
-        )
-        activation = getattr(nn, config["activation_function"].split(".")[-1], None)
-        if activation is None or not config["activation_function"].startswith("torch.nn."):
-            raise SystemExit(
-                f"--model {args.model}: unknown activation {config['activation_function']} in {path}"
-            )
-        return nn.Sequential(linear, activation())
+    def read_modules(self, args: argparse.Namespace) -> tuple[str, int | None]:
+        """Settings in sentence-transformers' files; the transformer's folder and most tokens."""
+        prompts = read_json(model_file(args, "config_sentence_transformers.json"))
+        prompt = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name")) or ""
+        self.prefix = prompt if args.prefix is None else args.prefix
+        transformer, limit = "", None
+        for module in read_json(model_file(args, "modules.json")):
+            kind, folder = module["type"].split(".")[-1], module["path"]
+            name = "sentence_bert_config.json" if kind == "Transformer" else "config.json"
+            config = read_json(model_file(args, name, folder))
+            if kind == "Transformer":
+                transformer, limit = folder, config.get("max_seq_length")
+                self.lower = config.get("do_lower_case", False)
+            elif kind == "Pooling":
+                self.pooling = pooling_of(config, self.prefix)
+            elif kind == "Dense":
+                self.dense.append(load_dense(args, folder, config))
+            elif kind != "Normalize":
+                raise ValueError(f"its sentence-transformers module {kind} is not supported here")
+        return transformer, limit
 
     def tokenize(self, captions: list[str]) -> tuple[list[list[int]], list[int]]:
-        """Token ids, cut at `max_length`, and the number of tokens of the uncut caption."""
-        texts = [(self.prefix + c).lower() if self.lower else self.prefix + c for c in captions]
+        """Token ids, cut at `max_length`, and the number of tokens that were cut off."""
+        texts = [self.prefix + caption for caption in captions]
+        texts = [text.lower() for text in texts] if self.lower else texts
         ids = self.tokenizer(texts, verbose=False)["input_ids"]
-        lengths = [len(i) for i in ids]
-        long = [k for k, length in enumerate(lengths) if length > self.max_length]
-        if long:  # cut by the tokenizer, which knows where the closing special tokens go
-            for k, cut in zip(
-                long,
-                self.tokenizer(
-                    [texts[k] for k in long], truncation=True, max_length=self.max_length
-                )["input_ids"],
-            ):
-                ids[k] = cut
-        if self.fill:
-            ids = [
-                row + [self.tokenizer.pad_token_id] * (self.max_length - len(row)) for row in ids
-            ]
-        return ids, lengths
+        cut = [max(0, len(row) - self.max_length) for row in ids]
+        if self.fill or any(cut):
+            limit = {"max_length": self.max_length, "padding": "max_length" if self.fill else False}
+            ids = self.tokenizer(texts, truncation=True, **limit)["input_ids"]
+        return ids, cut
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        if self.clip:
+    def forward(self, token_ids: list) -> Tensor:
+        """Unit vectors [B, D], float32, of B lists (or arrays) of token ids."""
+        lengths = np.array([len(row) for row in token_ids])
+        ids = np.full((len(lengths), lengths.max()), self.tokenizer.pad_token_id or 0, np.int64)
+        for padded, row in zip(ids, token_ids, strict=True):
+            padded[: len(row)] = row
+        kept = torch.from_numpy((np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64))
+        ids, full, device = torch.from_numpy(ids), bool(kept.all()), self.model.device
+        if device.type == "cuda":  # pinned, so that copying does not wait for the GPU
+            ids, kept = (x.pin_memory().to(device, non_blocking=True) for x in (ids, kept))
+        mask = None if full else kept  # [B, T]
+        if self.pooling == "projection":
             features = self.model.get_text_features(input_ids=ids, attention_mask=mask)
             return F.normalize(getattr(features, "pooler_output", features).float(), dim=-1)
-        states = self.model(
-            input_ids=ids, attention_mask=mask
-        ).last_hidden_state.float()  # [B, T, D]
-        mask = torch.ones_like(ids) if mask is None else mask
-        keep = (
-            mask * (torch.arange(ids.shape[1], device=ids.device) >= self.prompt_tokens)
-        ).float()[..., None]  # [B, T, 1]
-        pooled = []
-        for pooling in self.poolings:
-            if pooling == "mean":
-                pooled.append((states * keep).sum(1) / keep.sum(1).clamp(min=1e-9))
-            elif pooling == "weightedmean":
-                weights = keep * torch.arange(1, ids.shape[1] + 1, device=ids.device)[None, :, None]
-                pooled.append((states * weights).sum(1) / weights.sum(1).clamp(min=1e-9))
-            elif pooling == "max":
-                pooled.append(states.masked_fill(keep == 0, float("-inf")).amax(1))
-            elif pooling == "cls":
-                pooled.append(states[:, min(self.prompt_tokens, ids.shape[1] - 1)])
-            elif pooling == "last":
-                pooled.append(states[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1])
-            else:
-                raise SystemExit(f"pooling '{pooling}' is not known here")
-        vectors = torch.cat(pooled, dim=-1)
-        for dense in self.dense:
-            vectors = dense(vectors)
-        return F.normalize(vectors, dim=-1)
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        if self.pooling == "cls":
+            vectors = states[:, 0]
+        elif self.pooling == "last":
+            vectors = states[torch.arange(len(ids), device=ids.device), kept.sum(1) - 1]
+        else:
+            weights = kept.float()[..., None]  # [B, T, 1]
+            vectors = (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+        return F.normalize(self.dense(vectors), dim=-1)
 
 
-# ------------------------------------------------------------- caption-contrastive tuning (LLM2CLIP, arXiv 2411.04997)
+def refuse_random_weights(model: nn.Module, missing: set[str]) -> None:
+    """Only weights that are not used here may be missing in the model's files: they become 0."""
+    used = [name for name in missing if "pooler" not in name and not name.startswith("decoder.")]
+    if used:
+        raise ValueError(f"its files lack {len(used)} of its weights, {min(used)} for one")
+    for name, parameter in model.named_parameters():
+        if name in missing:  # random, it would make the same model another one at each start
+            nn.init.zeros_(parameter)
+
+
+def load_encoder(args: argparse.Namespace) -> TextEncoder:
+    """The encoder on its device. Sets `args.revision` to the hub's commit, one for all ranks."""
+    logging.set_verbosity_error()  # refuse_random_weights says what matters
+    try:
+        if args.device.startswith("cuda"):
+            torch.cuda.set_device(args.device)
+        if not os.path.isdir(args.model):  # a branch may move before the next rank or start
+            file = model_file(args, "modules.json") or model_file(args, "config.json")
+            args.revision = from_rank_0(extract_commit_hash(file, None) or args.revision)
+        return TextEncoder(args).to(args.device).eval()
+    except Exception as error:  # of any kind: damaged files, missing packages, remote code
+        raise SystemExit(f"--model {args.model}: cannot load it: {first_line(error)}") from error
 
 
 class LoRA(nn.Module):
     """Parametrization of a frozen weight [out, in]: W + 2 B A, B [out, R] starting at zero."""
 
-    def __init__(self, weight: torch.Tensor, rank: int):
+    def __init__(self, weight: Tensor, rank: int):
         super().__init__()
-        self.a = nn.Parameter(
-            torch.randn(rank, weight.shape[1], device=weight.device) / weight.shape[1] ** 0.5
-        )
-        self.b = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+        height, width = weight.shape
+        self.a = nn.Parameter(torch.randn(rank, width, device=weight.device) / width**0.5)
+        self.b = nn.Parameter(torch.zeros(height, rank, device=weight.device))
 
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+    def forward(self, weight: Tensor) -> Tensor:
         return weight + 2 * (self.b @ self.a).to(weight.dtype)
 
 
-def add_lora(model: nn.Module, rank: int) -> list[nn.Module]:
-    """Freeze the model and put a LoRA on each linear layer; the layers, for `parametrize.remove_parametrizations` to merge."""
+def add_lora(model: nn.Module, rank: int) -> list[nn.Linear]:
+    """Freeze the model and put a LoRA on each linear layer; these, for merging."""
     model.requires_grad_(False)
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     for layer in layers:
-        parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank))
+        nn.utils.parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank))
     return layers
 
 
-def caption_contrastive_loss(
-    vectors: torch.Tensor, texts: list[str], temperature: float = 0.05
-) -> torch.Tensor:
-    """Symmetric InfoNCE of vectors [2B, D], rows i and B + i from two captions of one image; negatives are all others, unless they read
-    the same as one of the two."""
-    n = len(texts) // 2
-    texts = torch.from_numpy(np.unique(texts, return_inverse=True)[1]).to(vectors.device)
-    partner = (torch.arange(2 * n, device=vectors.device) + n) % (2 * n)
-    excluded = (texts[:, None] == texts) | (
-        texts[partner][:, None] == texts
-    )  # itself, and equal sentences under other images
+def caption_contrastive_loss(vectors: Tensor, texts: list, temperature: float = 0.05) -> Tensor:
+    """Symmetric InfoNCE of vectors [2B, D], rows i and B + i from two captions of one image.
+    Negatives are all other rows, unless they read the same as one of the two."""
+    n, device = len(texts) // 2, vectors.device
+    texts = torch.from_numpy(np.unique(texts, return_inverse=True)[1]).to(device)
+    partner = torch.arange(2 * n, device=device).roll(n)
+    excluded = (texts[:, None] == texts) | (texts[partner][:, None] == texts)
     excluded[torch.arange(2 * n), partner] = False
     return F.cross_entropy((vectors @ vectors.T / temperature).masked_fill(excluded, -1e4), partner)
 
 
-def encode_texts(encoder: TextEncoder, texts: list[str], device: torch.device) -> torch.Tensor:
-    """[len(texts), D], in one padded batch."""
-    ids, _ = encoder.tokenize(texts)
-    lengths = torch.tensor([len(row) for row in ids], device=device)
-    padded = nn.utils.rnn.pad_sequence(
-        [torch.tensor(row) for row in ids],
-        batch_first=True,
-        padding_value=encoder.tokenizer.pad_token_id or 0,
-    ).to(device)
-    return encoder(padded, (torch.arange(padded.shape[1], device=device) < lengths[:, None]).long())
-
-
 @torch.inference_mode()
-def caption_recall(encoder: TextEncoder, pairs: list[list[str]], device: torch.device) -> float:
-    """Recall@1 in percent: the first caption of each image retrieves its second among all second ones, and the other way round."""
-    a, b = (
-        torch.cat(
-            [
-                encode_texts(encoder, [pair[k] for pair in pairs[i : i + 32]], device)
-                for i in range(0, len(pairs), 32)
-            ]
-        )
-        for k in (0, 1)
-    )
-    own = torch.arange(len(pairs), device=device)
-    return 50 * float(
-        ((a @ b.T).argmax(1) == own).float().mean() + ((b @ a.T).argmax(1) == own).float().mean()
-    )
+def caption_recall(encoder: TextEncoder, images: list[list[str]]) -> float:
+    """Recall@1 in percent: each image's first caption retrieves its second one, and vice versa."""
+    sides = []
+    for k in (0, 1):
+        ids, _ = encoder.tokenize([captions[k] for captions in images])
+        sides.append(torch.cat([encoder(ids[i : i + 32]) for i in range(0, len(ids), 32)]))
+    similarity = (sides[0] @ sides[1].T).cpu()
+    hits = [(similarity.argmax(dim) == torch.arange(len(images))).float().mean() for dim in (0, 1)]
+    return 50 * float(sum(hits))
 
 
 def read_pairs(args: argparse.Namespace) -> tuple[list[list[str]], list[list[str]]]:
-    """The different captions of each image that has two, for tuning and held out (a tenth, at most 1000)."""
+    """The different captions of each image that has two: for tuning, and a held-out tenth."""
     captions_of = {}
     for image, caption in read_captions(args.captions):
-        captions_of.setdefault(image, {})[caption] = (
-            None  # a dict keeps the order and drops repetitions
-        )
+        captions_of.setdefault(image, {})[caption] = None  # keeps the order, drops repetitions
     images = [list(captions) for captions in captions_of.values() if len(captions) > 1]
     random.Random(args.seed).shuffle(images)
-    held_out, images = (
-        images[: min(1000, len(images) // 10)],
-        images[min(1000, len(images) // 10) :],
-    )
-    if len(images) < args.tune_batch or not held_out:
-        raise SystemExit(
-            f"--tune-epochs needs images with two different captions: {len(images) + len(held_out)} of {len(captions_of)} images have them, {args.tune_batch} and a tenth of them to be held out "
-            "are needed. Give caption.py two --prompt options, or --num-captions 2 --temperature 0.7"
-        )
-    return images, held_out
+    count = min(1000, len(images) // 10)
+    if len(images) - count < args.tune_batch or not count:
+        have = f"{len(images)} of {len(captions_of)} images have them, more than --tune-batch must"
+        raise SystemExit(f"--tune-epochs: two different captions (--num-captions 2): {have}")
+    return images[count:], images[:count]
 
 
-def tune(
-    encoder: TextEncoder,
-    args: argparse.Namespace,
-    device: torch.device,
-    images: list[list[str]],
-    held_out: list[list[str]],
-) -> None:
-    """Supervised SimCSE on captions: two different captions of an image attract each other. Saves the encoder to `--tuned-out`."""
-    if (
-        encoder.clip
-        or encoder.dense
-        or encoder.prompt_tokens
-        or len(encoder.poolings) > 1
-        or encoder.model.config.is_encoder_decoder
-    ):
-        raise SystemExit(
-            "--tune-epochs takes encoders and decoders with one plain pooling, no projection and no Dense module"
-        )
+def tuning_batches(images: list[list[str]], args: argparse.Namespace) -> Iterator[list[str]]:
+    """2B captions at a time: one of each of B images, then another one of each."""
+    rng = random.Random(args.seed)
+    for _ in range(args.tune_epochs):
+        rng.shuffle(images)
+        for i in range(0, len(images) - args.tune_batch + 1, args.tune_batch):
+            pairs = [rng.sample(captions, 2) for captions in images[i : i + args.tune_batch]]
+            yield [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+
+
+def tune(args: argparse.Namespace) -> None:
+    """Caption-contrastive tuning (LLM2CLIP, arXiv 2411.04997), which is supervised SimCSE."""
+    images, held_out = read_pairs(args)
+    encoder = load_encoder(args)
+    if encoder.pooling == "projection" or len(encoder.dense) or encoder.config.is_encoder_decoder:
+        raise SystemExit("--tune-epochs: no CLIP projection, Dense module or encoder-decoder")
     if not args.lora_rank:
         encoder.float()  # steps of 5e-5 vanish in bfloat16 weights
-    rng = random.Random(args.seed)
-    before, steps = (
-        caption_recall(encoder, held_out, device),
-        args.tune_epochs * (len(images) // args.tune_batch),
-    )
-    if device.type == "cuda" and encoder.model.supports_gradient_checkpointing:
+    before = caption_recall(encoder, held_out)
+    gpu = encoder.model.device.type == "cuda"
+    if gpu and encoder.model.supports_gradient_checkpointing:
         encoder.model.gradient_checkpointing_enable()
         encoder.model.enable_input_require_grads()
     torch.manual_seed(args.seed)
     lora = add_lora(encoder.model, args.lora_rank) if args.lora_rank else []
-    peak = args.tune_lr or (2e-4 if lora else 5e-5)
-    optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], peak)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / max(1, steps // 10), 1 - step / steps)
-    )  # warm up, then decay
+    optimizer = torch.optim.AdamW(encoder.parameters(), args.tune_lr or (2e-4 if lora else 5e-5))
+    steps = args.tune_epochs * (len(images) // args.tune_batch)
+    warmup = max(1, steps // 10)
+    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1 - step / steps))
     encoder.train()
-    bar, autocast = (
-        tqdm(total=steps, unit="step", desc="tune"),
-        torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"),
-    )
-    for _ in range(args.tune_epochs):
-        rng.shuffle(images)
-        for i in range(0, len(images) - args.tune_batch + 1, args.tune_batch):
-            texts = [
-                text
-                for pair in zip(
-                    *(rng.sample(captions, 2) for captions in images[i : i + args.tune_batch])
-                )
-                for text in pair
-            ]
-            with autocast:
-                vectors = encode_texts(encoder, texts, device)
-            loss = caption_contrastive_loss(vectors, texts)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            bar.update()
-            if bar.n % 20 == 0:
-                bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-    bar.close()
+    bar = tqdm(tuning_batches(images, args), total=steps, unit="step", desc="tune")
+    for texts in bar:
+        with torch.autocast("cuda", torch.bfloat16, enabled=gpu):
+            vectors = encoder(encoder.tokenize(texts)[0])
+        loss = caption_contrastive_loss(vectors, texts)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     for layer in lora:
-        parametrize.remove_parametrizations(layer, "weight")  # merges
-    encoder.eval()
-    after = caption_recall(encoder, held_out, device)
-    encoder.model.save_pretrained(args.tuned_out)
-    encoder.tokenizer.save_pretrained(args.tuned_out)
-    mode = {name: key for key, name in POOLINGS.items() if key.startswith("pooling_mode_")}[
-        encoder.poolings[0]
+        nn.utils.parametrize.remove_parametrizations(layer, "weight")  # merges
+    after = caption_recall(encoder.eval(), held_out)
+    save_encoder(encoder, args.tuned_out)
+    recall = f"recall@1 on {len(held_out)} held-out ones {before:.1f} % before, {after:.1f} % after"
+    print(f"{args.tuned_out}: tuned on {len(images)} images; caption-to-caption {recall}")
+
+
+def save_encoder(encoder: TextEncoder, folder: str) -> None:
+    """A model folder that sentence-transformers reads too."""
+    encoder.model.save_pretrained(folder)
+    encoder.tokenizer.save_pretrained(folder)
+    os.makedirs(f"{folder}/1_Pooling", exist_ok=True)
+    modules = [
+        {"name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
     ]
-    for name, content in (
-        (
-            "modules.json",
-            [
-                {
-                    "idx": 0,
-                    "name": "0",
-                    "path": "",
-                    "type": "sentence_transformers.models.Transformer",
-                },
-                {
-                    "idx": 1,
-                    "name": "1",
-                    "path": "1_Pooling",
-                    "type": "sentence_transformers.models.Pooling",
-                },
-            ],
-        ),
-        (
-            "sentence_bert_config.json",
-            {"max_seq_length": encoder.max_length, "do_lower_case": encoder.lower},
-        ),
-        (
-            "config_sentence_transformers.json",
-            {"prompts": {"caption": encoder.prefix}, "default_prompt_name": "caption"},
-        ),
-        (
-            "1_Pooling/config.json",
-            {"word_embedding_dimension": encoder.model.config.hidden_size, mode: True},
-        ),
-    ):
-        file = os.path.join(args.tuned_out, name)
-        os.makedirs(os.path.dirname(file), exist_ok=True)
-        write_json(file, content)
-    print(
-        f"{args.tuned_out}: tuned on {len(images)} images; caption-to-caption recall@1 on {len(held_out)} held-out images {before:.1f} % before, {after:.1f} % after"
-    )
+    pooling = {f"pooling_mode_{flag}": name == encoder.pooling for flag, name in POOLINGS.items()}
+    pooling["word_embedding_dimension"] = encoder.model.config.hidden_size
+    transformer = {"max_seq_length": encoder.max_length, "do_lower_case": encoder.lower}
+    prompts = {"prompts": {"caption": encoder.prefix}, "default_prompt_name": "caption"}
+    write_json(f"{folder}/modules.json", modules)
+    write_json(f"{folder}/1_Pooling/config.json", pooling)
+    write_json(f"{folder}/sentence_bert_config.json", transformer)
+    write_json(f"{folder}/config_sentence_transformers.json", prompts)
 
 
-# -------------------------------------------------------------------------------------------------------------- the work
-
-
-def read_captions(file: str):
-    """Yield (image, caption) of a jsonl file in order; a line without them is an error that names it."""
-    number = 0
-    try:
-        with open(file, "rb") as stream:
-            for number, line in enumerate(stream, 1):
-                line = json.loads(line)
-                yield (
-                    line["image"],
-                    line["caption"].encode("utf-8", "replace").decode(),
-                )  # lone surrogates would stop the tokenizer
-    except OSError as error:
-        raise SystemExit(f"--captions {file}: {error.strerror}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SystemExit(
-            f'{file}, line {number}: no JSON object with an "image" and a "caption" ({error!r}): not a file of caption.py, or one that it has not finished'
-        )
-    if not number:
-        raise SystemExit(f"{file} is empty: run caption.py first")
-
-
-def sha256(file: str) -> str:
+def read_captions(file: str) -> Iterator[tuple[str, str]]:
+    """(image, caption) of a jsonl file in order; a line without them is an error that names it."""
+    if not os.path.isfile(file) or not os.path.getsize(file):
+        raise SystemExit(f"{file}: No such file, or it is empty: run caption.py first")
     with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a sample of every weight: a model that was tuned again under the same name is another one."""
-    digest = hashlib.sha256()
-    for value in model.parameters():
-        digest.update(
-            value.detach()
-            .flatten()[:: max(1, value.numel() // 256)]
-            .float()
-            .cpu()
-            .numpy()
-            .tobytes()
-        )
-    return digest.hexdigest()
-
-
-def write_tokens(
-    encoder: TextEncoder, captions: str, file: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokenise all captions into `file` (int32, one after the other): lengths [N], uncut lengths [N], 128-bit hashes [N]."""
-    lengths, uncut, hashes, chunk = [], [], [], []
-
-    def flush() -> None:
-        ids, full = encoder.tokenize(chunk)
-        rows = [np.array(row, np.int32) for row in ids]
-        lengths.append(np.array([len(row) for row in rows], np.int32))
-        uncut.append(np.array(full, np.int32))
-        hashes.append(
-            np.frombuffer(
-                b"".join(hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows),
-                "V16",
-            )
-        )
-        stream.write(np.concatenate(rows).tobytes())
-        chunk.clear()
-
-    with open(file, "wb") as stream:
-        for _, caption in tqdm(read_captions(captions), unit="caption", desc="tokenise"):
-            chunk.append(caption)
-            if len(chunk) == 4096:
-                flush()
-        if chunk:
-            flush()
-    return np.concatenate(lengths), np.concatenate(uncut), np.concatenate(hashes)
-
-
-def plan_batches(lengths: np.ndarray, batch_size: int, batch_tokens: int) -> list[tuple[int, int]]:
-    """Slices of captions sorted by length, longest first (out of memory shows at once), each within both limits."""
-    slices, start = [], 0
-    while start < len(lengths):
-        end = start + max(1, min(batch_size, batch_tokens // max(1, int(lengths[start]))))
-        slices.append((start, min(end, len(lengths))))
-        start = end
-    return slices
+        for number, line in enumerate(stream, 1):
+            try:
+                entry = json.loads(line)
+                image, caption = entry["image"], entry["caption"].encode("utf-8", "replace")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                wrong = f'line {number}: no JSON object with an "image" and a "caption" ({error!r})'
+                raise SystemExit(f"{file}, {wrong}: is caption.py done with it?") from error
+            yield image, caption.decode()  # no lone surrogates: they would stop the tokenizer
 
 
 def write_json(file: str, content: dict | list) -> None:
-    with open(file + ".new", "w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1)
+    Path(file + ".new").write_text(json.dumps(content, indent=1))
     os.replace(file + ".new", file)
 
 
-def main() -> None:
-    args = parse_args()
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGKILL
-        )  # PR_SET_PDEATHSIG: no rank outlives a torchrun that is killed, writing beside its successor
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group(
-            "gloo", timeout=timedelta(days=7)
-        )  # only for waiting: a rank may be hours ahead of another
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(args.device)
-    device = torch.device(args.device)
-    for _ in read_captions(args.captions):
-        pass  # a wrong line is found before the model is loaded
-    images, held_out = read_pairs(args) if args.tune_epochs else ([], [])
-    identity = {
+def describe(args: argparse.Namespace, encoder: TextEncoder) -> dict:
+    """All that the rows depend on; of each of the weights a sample, for they may be tuned again."""
+    weights = hashlib.sha256()
+    for value in encoder.parameters():
+        sample = value.detach().flatten()[:: max(1, value.numel() // 256)]
+        weights.update(sample.float().cpu().numpy().tobytes())
+    with open(args.captions, "rb") as stream:
+        captions = hashlib.file_digest(stream, "sha256")
+    return {
         "captions": os.path.basename(args.captions),
-        "captions_sha256": sha256(args.captions),
-    }
-    encoder = TextEncoder(args).to(device).eval()
-    if args.tune_epochs:
-        tune(encoder, args, device, images, held_out)
-        args.model, args.revision, args.prefix = args.tuned_out, "main", None
-        del encoder
-        encoder = TextEncoder(args).to(device).eval()
-    identity |= {
+        "captions_sha256": captions.hexdigest(),
         "model": args.model,
         "revision": args.revision,
-        "pooling": "projection" if encoder.clip else "+".join(encoder.poolings),
-        "weights_sha256": fingerprint(encoder),
+        "pooling": encoder.pooling,
+        "weights_sha256": weights.hexdigest(),
         "prefix": encoder.prefix,
         "max_length": encoder.max_length,
         "dtype": args.dtype,
         "out_dtype": args.out_dtype,
     }
-    metadata, temporary = args.out.removesuffix(".npy") + ".json", args.out + ".tmp"
-    if os.path.exists(args.out) and os.path.exists(metadata):
-        known = json.load(open(metadata, encoding="utf-8"))
-        if {key: known.get(key) for key in identity} == identity:
-            return (
-                print(f"{args.out}: nothing to do, it holds these captions' embeddings already")
-                if rank == 0
-                else None
-            )
 
-    index = [write_tokens(encoder, args.captions, temporary + ".tokens") if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(index)
-    lengths, uncut, hashes = index.pop()
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)[:-1]])
-    _, first, inverse = np.unique(
-        hashes, return_index=True, return_inverse=True
-    )  # equal captions are encoded once
-    order = np.lexsort(
-        (first, -lengths[first])
-    )  # unique captions, longest first, then in the file's order
-    lines = np.argsort(inverse, kind="stable")  # lines grouped by unique caption ...
-    ends = np.concatenate(
-        [[0], np.cumsum(np.bincount(inverse))]
-    )  # ... those of caption u are lines[ends[u]:ends[u + 1]]
-    del hashes
-    batches = plan_batches(lengths[first[order]], args.batch_size, args.batch_tokens)
-    width = encoder(torch.tensor([encoder.tokenize(["a"])[0][0]], device=device), None).shape[1]
 
-    plan = identity | {"batch_size": args.batch_size, "batch_tokens": args.batch_tokens}
-    if rank == 0:
-        resumed = (
-            os.path.exists(temporary)
-            and os.path.exists(temporary + ".plan")
-            and json.load(open(temporary + ".plan", encoding="utf-8")) == plan
-        )
-        if not resumed:
-            if os.path.exists(temporary + ".plan"):
-                os.remove(temporary + ".plan")  # first: a plan never stands beside rows of another
-            np.lib.format.open_memmap(
-                temporary, "w+", args.out_dtype, (len(lengths), width)
-            ).flush()
-            if hasattr(
-                os, "posix_fallocate"
-            ):  # a disk without room for all rows says so now: later, the memory map would kill the process
-                with open(temporary, "r+b") as stream:
-                    os.posix_fallocate(stream.fileno(), 0, os.path.getsize(temporary))
-            np.zeros(len(batches), np.uint8).tofile(temporary + ".done")
-            write_json(temporary + ".plan", plan)
-    if world > 1:
-        dist.barrier()
-    rows = np.lib.format.open_memmap(temporary, "r+")
-    done = np.memmap(temporary + ".done", np.uint8, "r+")
-    todo = [b for b in range(len(batches)) if b % world == rank and not done[b]]
-    if world > 1:
-        dist.barrier()  # everybody has seen the same list before anybody ticks off a batch
-
-    half = args.dtype == "auto" and device.type == "cuda" and encoder.model.dtype == torch.float32
-    bar = tqdm(
-        total=int(sum(batches[b][1] - batches[b][0] for b in todo)),
-        unit="caption",
-        desc="embed",
-        smoothing=0.02,
-        disable=rank > 0,
-    )
-    start, padding, tokens = (
-        time.perf_counter(),
-        encoder.tokenizer.pad_token_id or 0,
-        np.memmap(temporary + ".tokens", np.int32, "r"),
+def write_tokens(args: argparse.Namespace, encoder: TextEncoder) -> SimpleNamespace:
+    """Tokenise all captions into a file: int32, one caption after the other. Its index."""
+    lengths, cut, hashes = [], [], bytearray()
+    lines = iter(tqdm(read_captions(args.captions), unit="caption", desc="tokenise"))
+    with open(args.temporary + ".tokens", "wb") as stream:
+        while chunk := [caption for _, caption in itertools.islice(lines, 4096)]:
+            ids, cut_off = encoder.tokenize(chunk)
+            for row in ids:
+                tokens = np.array(row, np.int32).tobytes()
+                hashes += hashlib.blake2b(tokens, digest_size=16).digest()
+                stream.write(tokens)
+            lengths.append(np.array([len(row) for row in ids], np.int32))
+            cut += [number for number in cut_off if number]
+    lengths, hashes = np.concatenate(lengths), np.frombuffer(hashes, "V16")
+    # Equal captions are encoded once, the longest first, then in the file's order.
+    _, first, caption = np.unique(hashes, return_index=True, return_inverse=True)
+    order = np.lexsort((first, -lengths[first]))
+    first, caption = first[order], np.argsort(order)[caption]
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return SimpleNamespace(
+        spans=np.stack([ends - lengths, ends], axis=1)[first],  # [U, 2] tokens of each caption
+        lines=np.argsort(caption, kind="stable"),  # [N]; caption u is on those from starts[u] ...
+        starts=np.concatenate([[0], np.cumsum(np.bincount(caption))]),  # [U + 1] to starts[u + 1]
+        cut=cut,  # numbers of tokens cut off
+        batches=plan_batches(lengths[first], args.batch_size, args.batch_tokens),
     )
 
-    def to_device(array: np.ndarray) -> torch.Tensor:
-        return (
-            torch.from_numpy(array).pin_memory().to(device, non_blocking=True)
-            if device.type == "cuda"
-            else torch.from_numpy(array)
-        )
+
+def plan_batches(lengths: np.ndarray, batch_size: int, batch_tokens: int) -> list[slice]:
+    """Slices of captions sorted by length, longest first (out of memory shows at once)."""
+    batches, start = [], 0
+    while start < len(lengths):
+        fit = batch_tokens // max(1, int(lengths[start]))
+        batches.append(slice(start, start + max(1, min(batch_size, fit))))
+        start = batches[-1].stop
+    return batches
+
+
+def prepare_rows(args: argparse.Namespace, plan: dict, index: SimpleNamespace, width: int) -> None:
+    """Rows, a tick per batch (.done), what both belong to (.plan); or a killed run's, same plan."""
+    file = args.temporary
+    if os.path.exists(file) and read_json(file + ".plan") == plan:
+        return
+    Path(file + ".plan").unlink(missing_ok=True)  # first: it never stands beside rows of another
+    np.lib.format.open_memmap(file, "w+", args.out_dtype, (len(index.lines), width)).flush()
+    if hasattr(os, "posix_fallocate"):  # a full disk says so now; later it would kill the process
+        with open(file, "r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, os.path.getsize(file))
+    np.zeros(len(index.batches), np.uint8).tofile(file + ".done")
+    write_json(file + ".plan", plan)
+
+
+def encode_batches(args: argparse.Namespace, encoder: TextEncoder, index: SimpleNamespace) -> float:
+    """Fill in the rows of this rank's batches and tick these off; captions per second."""
+    file, device, cores = args.temporary, encoder.model.device, torch.get_num_threads()
+    gpu, started = device.type == "cuda", time.perf_counter()
+    half = gpu and args.dtype == "auto" and encoder.model.dtype == torch.float32
+    tokens = np.memmap(file + ".tokens", np.int32, "r")
+    rows, done = np.lib.format.open_memmap(file, "r+"), np.memmap(file + ".done", np.uint8, "r+")
+    launching = threading.Semaphore(1 if gpu else cores)
 
     @torch.inference_mode()
-    def encode(batch: int) -> tuple[int, torch.Tensor, "torch.cuda.Event | None"]:
-        captions = first[order[slice(*batches[batch])]]
-        ids = np.full((len(captions), lengths[captions[0]]), padding, np.int64)
-        for row, c in zip(ids, captions):
-            row[: lengths[c]] = tokens[offsets[c] : offsets[c] + lengths[c]]
-        mask = (
-            None
-            if lengths[captions[-1]] == ids.shape[1]
-            else to_device((np.arange(ids.shape[1]) < lengths[captions][:, None]).astype(np.int64))
-        )
-        with torch.autocast(device.type, torch.float16, enabled=half):
-            vectors = encoder(to_device(ids), mask).to("cpu", non_blocking=True)
-        copied = torch.cuda.current_stream().record_event() if device.type == "cuda" else None
-        return batch, vectors, copied
-
-    def store(batch: int, vectors: torch.Tensor, copied: "torch.cuda.Event | None") -> None:
+    def encode(batch: int) -> int:
+        captions = index.batches[batch]
+        token_ids = [tokens[start:end] for start, end in index.spans[captions]]
+        if gpu:
+            torch.cuda.set_device(device)  # the current GPU is each thread's own
+        with launching, torch.autocast(device.type, torch.float16, enabled=half):
+            vectors = encoder(token_ids).to("cpu", non_blocking=True)
+            copied = torch.cuda.current_stream().record_event() if gpu else None
         if copied:
             copied.synchronize()
-        unique = order[slice(*batches[batch])]
         if not vectors.isfinite().all():
-            raise SystemExit(
-                f"the encoder's output is not finite in {args.dtype if args.dtype != 'auto' else 'float16 autocast'}: use --dtype bfloat16 or float32"
-            )
-        for u, vector in zip(unique, vectors.numpy()):
-            rows[lines[ends[u] : ends[u + 1]]] = vector
+            raise SystemExit("the encoder's output is not finite: use --dtype bfloat16 or float32")
+        for u, vector in enumerate(vectors.numpy(), captions.start):
+            rows[index.lines[index.starts[u] : index.starts[u + 1]]] = vector
         done[batch] = 1  # after its rows: a kill in between repeats the batch
-        bar.update(len(unique))
+        return len(vectors)
 
-    # On a GPU, a batch is computed while the one before is fetched and written. On a CPU, as many batches side by side as there are
-    # threads, a thread each, are 1.17 times as fast as one batch on all threads.
-    lanes, pending = torch.get_num_threads() if device.type == "cpu" else 1, collections.deque()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    on_gpu = (
-        dict(initializer=torch.cuda.set_device, initargs=(device,)) if device.type == "cuda" else {}
-    )  # the current GPU is each thread's own
-    with ThreadPoolExecutor(lanes, **on_gpu) as pool:
-        for batch in todo:
-            pending.append(pool.submit(encode, batch))
-            if len(pending) > 2 * lanes:
-                store(*pending.popleft().result())
-        while pending:
-            store(*pending.popleft().result())
-    if device.type == "cpu":
-        torch.set_num_threads(lanes)
-    bar.close()
+    todo = [batch for batch in range(args.rank, len(index.batches), args.world) if not done[batch]]
+    total = sum(len(index.spans[index.batches[batch]]) for batch in todo)
+    bar = tqdm(total=total, unit="caption", desc="embed", smoothing=0.02, disable=args.rank > 0)
+    # A batch per core is 1.17 times as fast as one on all; on a GPU, one is computed, one written.
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(2 if gpu else cores) as pool, bar:
+        for i in range(0, len(todo), 1000):  # not all at once: a batch that waits takes 1 KB
+            for count in pool.map(encode, todo[i : i + 1000]):
+                bar.update(count)
+    torch.set_num_threads(cores)
     rows.flush()
-    if world > 1:
-        dist.barrier()
-    if rank == 0:
-        seconds = time.perf_counter() - start
-        if not done.all():
-            raise SystemExit(
-                f"{temporary}.done misses batches: is another embed.py writing to the same --out? Start one of them again"
-            )
-        write_json(temporary + ".json", identity | {"rows": len(lengths), "width": width})
-        if os.path.exists(metadata):
-            os.remove(
-                metadata
-            )  # in this order: at no moment does a metadata file describe another array
-        os.replace(temporary, args.out)
-        os.replace(temporary + ".json", metadata)
-        for suffix in (".done", ".plan", ".tokens"):
-            os.remove(temporary + suffix)
-        cut = uncut[uncut > encoder.max_length]
-        print(
-            f"{args.out}: {len(lengths)} x {width} {args.out_dtype}, {len(first)} different captions, {bar.total / max(seconds, 1e-9) * world:.0f} captions/s; {len(cut)} captions were cut at "
-            f"{encoder.max_length} tokens"
-            + (f", by {int(np.median(cut - encoder.max_length))} at the median" if len(cut) else "")
-        )
-    if world > 1:
-        dist.destroy_process_group()
+    return total / (time.perf_counter() - started)
+
+
+def finish(args: argparse.Namespace, identity: dict, index: SimpleNamespace, speed: float) -> None:
+    """Give rows and description their names, remove what only a resume needs, and say so."""
+    if not np.fromfile(args.temporary + ".done", np.uint8).all():
+        raise SystemExit(f"{args.temporary}.done misses batches: does another embed.py write it?")
+    count, width = np.load(args.temporary, mmap_mode="r").shape
+    Path(args.metadata).unlink(missing_ok=True)  # first: it never stands beside rows of another
+    os.replace(args.temporary, args.out)
+    write_json(args.metadata, identity | {"rows": count, "width": width})
+    for suffix in (".done", ".plan", ".tokens"):
+        os.remove(args.temporary + suffix)
+    median = f", by {int(np.median(index.cut))} at the median" if len(index.cut) else ""
+    cut = f"{len(index.cut)} captions were cut at {identity['max_length']} tokens{median}"
+    size = f"{count} x {width} {args.out_dtype}, {len(index.spans)} different captions"
+    print(f"{args.out}: {size}, {speed:.0f} captions/s; {cut}")
+
+
+def end_with_torchrun() -> None:
+    """Let no rank outlive a killed torchrun: it would write beside its successor (Linux only)."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def from_rank_0(value: object) -> object:
+    """Rank 0's value on all ranks, which wait for it."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def main() -> None:
+    args = parse_args()
+    end_with_torchrun()
+    if args.world > 1:  # only for waiting: a rank may be hours ahead of another
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    for _ in read_captions(args.captions):
+        pass  # a wrong line is found before a model is loaded
+    if args.tune_epochs:
+        tune(args)
+        args.model, args.revision, args.prefix = args.tuned_out, "main", None
+    encoder = load_encoder(args)
+    identity = describe(args, encoder)
+    if os.path.exists(args.out) and identity.items() <= read_json(args.metadata).items():
+        if args.rank == 0:
+            print(f"{args.out}: nothing to do, it holds these captions' embeddings already")
+        return
+    index = None
+    if args.rank == 0:
+        index = write_tokens(args, encoder)
+        plan = identity | {"batch_size": args.batch_size, "batch_tokens": args.batch_tokens}
+        prepare_rows(args, plan, index, width=encoder(encoder.tokenize(["a"])[0]).shape[1])
+    index = from_rank_0(index)
+    try:
+        speed = encode_batches(args, encoder, index)
+        if args.world > 1:
+            dist.barrier()
+        if args.rank == 0:
+            finish(args, identity, index, speed * args.world)
+    except OSError as error:
+        raise SystemExit(f"{first_line(error)}; start the same command again to go on") from error
 
 
 if __name__ == "__main__":
     try:
         main()
     except OSError as error:
-        raise SystemExit(
-            f"{error.filename or 'disk'}: {error.strerror or error}; start the same command again to go on"
-        )
+        raise SystemExit(first_line(error)) from error
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; start the same command again to go on")
+        raise SystemExit("interrupted; start the same command again to go on") from None

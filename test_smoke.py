@@ -1,11 +1,11 @@
-"""The tests, and the method in miniature. Nothing but requirements.txt is needed, no network, no GPU.
+"""The tests, and the method in miniature: no network, no GPU, nothing but requirements.txt.
 
     python test_smoke.py               # the tests (also: pytest test_smoke.py)
+    python test_smoke.py demo [DIR]    # the main job on an embedded toy: pre-trains a little MLLM,
+                                       # captions, embeds, trains, evaluates
     python test_smoke.py worlds [DIR]  # the data, toy MLLM and toy encoder of the README's tables
-    python test_smoke.py demo [DIR]    # the main job on an embedded toy: pre-trains a little MLLM, captions, embeds, trains, evaluates
 
-The toy world: 64x64 images of a shape on a background. The class is colour and shape ("red_circle"); the caption also tells size,
-place and background. Labels are few and a stated share of them is wrong on purpose; the MLLM looks at the picture, not at the label.
+Three parts follow: the toy (its world, its MLLM, its text encoder), the demo, the tests.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import unittest
 import unittest.mock
 from pathlib import Path
@@ -36,40 +37,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
 import transformers as tf
+from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    BertConfig,
-    BertModel,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
 
-HERE = Path(__file__).resolve().parent
 tf.utils.logging.disable_progress_bar()
+HERE = Path(__file__).resolve().parent
 
-# ------------------------------------------------------------------------------------------------------- the toy world
+# =================================================================================================
+# The toy. Its world: 64x64 images of a shape on a background. The class is colour and shape
+# ("red_circle"); the caption also tells size, place and background. A stated share of the labels is
+# wrong on purpose; the MLLM looks at the picture, not at the label.
+# =================================================================================================
 
 SHAPES = ["circle", "square", "triangle", "cross", "star"]
-COLORS = {
-    "red": (200, 60, 50),
-    "green": (70, 170, 70),
-    "blue": (60, 90, 200),
-    "yellow": (220, 200, 70),
-    "purple": (150, 70, 170),
-}
-BACKGROUNDS = {
-    "black": (30, 30, 30),
-    "gray": (128, 128, 128),
-    "brown": (120, 85, 60),
-    "white": (225, 225, 225),
-}
+RED, GREEN, BLUE = (200, 60, 50), (70, 170, 70), (60, 90, 200)
+COLORS = {"red": RED, "green": GREEN, "blue": BLUE}
+COLORS |= {"yellow": (220, 200, 70), "purple": (150, 70, 170)}
+BACKGROUNDS = {"black": (30, 30, 30), "gray": (128, 128, 128)}
+BACKGROUNDS |= {"brown": (120, 85, 60), "white": (225, 225, 225)}
 SIZES = {"small": (10, 12), "large": (17, 20)}
 PLACES = {"top": 22, "bottom": 42}
 PROMPT = "describe the image"
@@ -80,25 +66,23 @@ def caption_of(color: str, shape: str, size: str, place: str, background: str) -
     return f"a {size} {color} {shape} at the {place} on a {background} background"
 
 
+def draw_look(rng: random.Random) -> tuple[str, str, str]:
+    """Size, place, background."""
+    return rng.choice(list(SIZES)), rng.choice(list(PLACES)), rng.choice(list(BACKGROUNDS))
+
+
 def draw(rng: random.Random, name: str) -> tuple[Image.Image, str]:
     """A new 64x64 image of the class, and its true caption."""
     color, shape = name.split("_")
-    size, place, background = (
-        rng.choice(list(SIZES)),
-        rng.choice(list(PLACES)),
-        rng.choice(list(BACKGROUNDS)),
-    )
+    size, place, background = draw_look(rng)
 
-    def around(rgb, spread):
+    def around(rgb: tuple, spread: int) -> tuple:
         return tuple(min(255, max(0, value + rng.randint(-spread, spread))) for value in rgb)
 
     image = Image.new("RGB", (64, 64), around(BACKGROUNDS[background], 15))
     pen, ink, r = ImageDraw.Draw(image), around(COLORS[color], 25), rng.uniform(*SIZES[size])
-    x, y, turn = (
-        32 + rng.uniform(-4, 4),
-        PLACES[place] + rng.uniform(-2, 2),
-        math.pi / 4 + rng.uniform(-0.15, 0.15),
-    )
+    x, y = 32 + rng.uniform(-4, 4), PLACES[place] + rng.uniform(-2, 2)
+    turn = math.pi / 4 + rng.uniform(-0.15, 0.15)
     if shape == "circle":
         pen.ellipse([x - r, y - r, x + r, y + r], fill=ink)
     elif shape == "cross":
@@ -107,54 +91,44 @@ def draw(rng: random.Random, name: str) -> tuple[Image.Image, str]:
             pen.line([x - dx, y - dy, x + dx, y + dy], fill=ink, width=int(r * 0.55))
     else:
         radii = {"square": [1] * 4, "triangle": [1.1] * 3, "star": [1.1, 0.45] * 5}[shape]
-        angles = [turn + 2 * math.pi * i / len(radii) for i in range(len(radii))]
-        pen.polygon(
-            [(x + r * k * math.cos(a), y + r * k * math.sin(a)) for k, a in zip(radii, angles)],
-            fill=ink,
-        )
+        corners = []
+        for i, k in enumerate(radii):
+            angle = turn + 2 * math.pi * i / len(radii)
+            corners.append((x + r * k * math.cos(angle), y + r * k * math.sin(angle)))
+        pen.polygon(corners, fill=ink)
     noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 8, (64, 64, 3))
     image = Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
     return image, caption_of(color, shape, size, place, background)
 
 
-def draw_world(
-    root: Path,
-    per_class: int,
-    val_per_class: int,
-    wrong: float,
-    unlabeled: int = 0,
-    classes: list[str] = CLASSES,
-) -> dict[str, str]:
-    """root/{train,val}/<class>/*.png; a share `wrong` of the training images lies in another class's folder, `unlabeled` more per class
-    in train/_unlabeled. {key: true caption} of train/."""
-    rng, captions = random.Random(0), {}
-    for split, count in (("train", per_class), ("val", val_per_class), ("_unlabeled", unlabeled)):
-        jobs = [name for name in classes for _ in range(count)]
-        mislabelled = (
-            set(rng.sample(range(len(jobs)), round(wrong * len(jobs)))) if split == "train" else ()
-        )
+def draw_world(root: Path, per_class: int, val_per_class: int, wrong: float, classes=None) -> dict:
+    """root/{train,val}/<class>/*.png; a share `wrong` of the training images lies in another
+    class's folder. {key: true caption} of train/."""
+    rng, captions, classes = random.Random(0), {}, classes or CLASSES
+    for split, count in ("train", per_class), ("val", val_per_class):
+        jobs, mislabelled = [name for name in classes for _ in range(count)], ()
+        if split == "train":
+            mislabelled = set(rng.sample(range(len(jobs)), round(wrong * len(jobs))))
         for i, name in enumerate(jobs):
             image, caption = draw(rng, name)
-            label = (
-                rng.choice([other for other in classes if other != name])
-                if i in mislabelled
-                else name
-            )
-            key = f"{label if split != '_unlabeled' else split}/{i:05d}.png"
-            file = root / ("val" if split == "val" else "train") / key
+            others = [other for other in classes if other != name]
+            label = rng.choice(others) if i in mislabelled else name
+            file = root / split / label / f"{i:05d}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             image.save(file)
-            if split != "val":
-                captions[key] = caption
+            if split == "train":
+                captions[f"{label}/{file.name}"] = caption
     return captions
 
 
-def prepare(root: Path, **worlds: tuple) -> None:
-    """root/<name>/{train,val} for each name = (images per class, share of wrong labels, unlabelled images per class); root/mllm, root/encoder."""
-    for name, (per_class, wrong, unlabeled) in worlds.items():
-        draw_world(root / name, per_class, 40, wrong, unlabeled)
+def prepare(root: Path, **worlds: tuple[int, float]) -> None:
+    """root/<name>/{train,val} for each name = (images per class, share of wrong labels), root/mllm,
+    root/encoder."""
+    for name, (per_class, wrong) in worlds.items():
+        draw_world(root / name, per_class, 40, wrong)
         print(
-            f"{root / name}: {len(CLASSES)} classes, {per_class} training images each, {wrong:.0%} of them with a wrong label, and {unlabeled} unlabelled ones; 40 validation images each, all right"
+            f"{root / name}: {len(CLASSES)} classes, {per_class} training images each, {wrong:.0%} "
+            "of them with a wrong label; 40 validation images each, all right"
         )
     if not (root / "mllm" / "model.safetensors").exists():
         save_mllm(root / "mllm", steps=2000)
@@ -162,156 +136,84 @@ def prepare(root: Path, **worlds: tuple) -> None:
         save_text_encoder(root / "encoder", steps=300)
 
 
-# ------------------------------------------------------------------------------------------- the toy's MLLM and encoder
-
-
-def word_tokenizer(*extra: str) -> PreTrainedTokenizerFast:
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[BOS]",
-        "[EOS]",
-        "<image>",
-        "USER",
-        "ASSISTANT",
-        *PROMPT.split(),
-        "a",
-        "at",
-        "the",
-        "on",
-        "background",
-        *SHAPES,
-        *COLORS,
-        *BACKGROUNDS,
-        *SIZES,
-        *PLACES,
-        *extra,
-    ]
-    tokenizer = Tokenizer(
-        models.WordLevel(
-            {word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="[UNK]"
-        )
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        bos_token="[BOS]",
-        eos_token="[EOS]",
-        additional_special_tokens=["<image>"],
-        model_max_length=64,
-    )
-
-
+IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+NAMES = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]"}
 CHAT = (
-    "{% for m in messages %}{{ bos_token }} USER {% for c in m['content'] %}{% if c['type'] == 'image' %} <image> {% else %} {{ c['text'] }} "
-    "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT {% endif %}"
+    "{% for m in messages %}{{ bos_token }} USER {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %} <image> {% else %} {{ c['text'] }} {% endif %}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %} ASSISTANT {% endif %}"
 )
 
 
-def build_mllm(
-    seed: int = 0, init: float = 0.02
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A real Llava of 0.5 M random parameters: CLIP vision tower (32 px, 4x4 patches) + Llama + chat template."""
+def word_tokenizer(*extra: str, frame: str = "", **options) -> tf.PreTrainedTokenizerFast:
+    """A word, a token; `frame` puts [BOS] and [EOS] around a text."""
+    words = ["[PAD]", "[UNK]", "[BOS]", "[EOS]", "<image>", "USER", "ASSISTANT", *PROMPT.split()]
+    words += ["a", "at", "the", "on", "background", *SHAPES, *COLORS, *BACKGROUNDS, *SIZES]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*words, *PLACES, *extra]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if frame:
+        special = [("[BOS]", 2), ("[EOS]", 3)]
+        framing = processors.TemplateProcessing(single=frame, special_tokens=special)
+        tokenizer.post_processor = framing
+    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **NAMES, **options)
+
+
+def toy_tokenizer(*extra: str) -> tf.PreTrainedTokenizerFast:
+    special = {"additional_special_tokens": ["<image>"], "model_max_length": 64}
+    return word_tokenizer(*extra, **special)
+
+
+def build_mllm(seed: int = 0, init: float = 0.02) -> tuple:
+    """A real Llava of 0.5 M random parameters (CLIP's vision tower at 32 px, 4x4 patches, and
+    Llama), and its processor, with a chat template."""
     torch.manual_seed(seed)
-    tokenizer, width = word_tokenizer(), 96
-    images = CLIPImageProcessor(
-        size={"shortest_edge": 32},
-        crop_size={"height": 32, "width": 32},
-        image_mean=[0.5] * 3,
-        image_std=[0.25] * 3,
-    )
-    processor = LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=8,
-        initializer_range=init,
-    )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-        initializer_range=init,
-    )
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="default",
-            initializer_range=init,
-        )
-    )
-    model.generation_config.update(pad_token_id=0, bos_token_id=2, eos_token_id=3)
+    tokenizer, width = toy_tokenizer(), 96
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    images = tf.CLIPImageProcessor(**size, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    strategy = {"vision_feature_select_strategy": "default"}
+    options = {"patch_size": 8, "num_additional_image_tokens": 1, "chat_template": CHAT}
+    processor = tf.LlavaProcessor(images, tokenizer, **strategy, **options)
+    shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "initializer_range": init}
+    vision = tf.CLIPVisionConfig(**shape, image_size=32, patch_size=8)
+    shape |= {"num_key_value_heads": 4, "max_position_embeddings": 256, **IDS}
+    text = tf.LlamaConfig(vocab_size=len(tokenizer), **shape)
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    options = {"image_token_index": token, "vision_feature_layer": -1, "initializer_range": init}
+    config = tf.LlavaConfig(vision_config=vision, text_config=text, **strategy, **options)
+    model = tf.LlavaForConditionalGeneration(config)
+    model.generation_config.update(**IDS)
     return model, processor
 
 
-def pretrain_mllm(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    steps: int,
-    batch: int = 64,
-    lr: float = 3e-3,
-) -> float:
-    """Teach it the world on freshly drawn pairs (none of them is in the demo's data); share of exact captions on new ones."""
-    rng, tokenizer = random.Random("pre-training"), processor.tokenizer
-    chat = [
-        {
-            "role": "user",
-            "content": [
-                {"type": "image", "image": Image.new("RGB", (64, 64))},
-                {"type": "text", "text": PROMPT},
-            ],
-        }
-    ]
-    prompt = processor.apply_chat_template(
-        [chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )["input_ids"]
+def pretrain_mllm(model, processor, steps: int, batch: int = 64, lr: float = 3e-3) -> float:
+    """Teach it the world on freshly drawn pairs (none of them is in the demo's data); the share of
+    exact captions on new ones."""
+    rng, tokenizer, held_out = random.Random("pre-training"), processor.tokenizer, 1000
+    image = {"type": "image", "image": Image.new("RGB", (64, 64))}
+    chat = [{"role": "user", "content": [image, {"type": "text", "text": PROMPT}]}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    prompt = processor.apply_chat_template([chat], add_generation_prompt=True, **options)
     pairs = [draw(rng, rng.choice(CLASSES)) for _ in range(12000)]
-    pixels = torch.cat(
-        [
-            processor.image_processor(
-                [image for image, _ in pairs[i : i + 500]], return_tensors="pt"
-            )["pixel_values"]
-            for i in range(0, len(pairs), 500)
-        ]
-    )
-    words = tokenizer([caption + " [EOS]" for _, caption in pairs], return_tensors="pt")[
+    pixels = []
+    for i in range(0, len(pairs), 500):
+        images = [image for image, _ in pairs[i : i + 500]]
+        pixels.append(processor.image_processor(images, return_tensors="pt")["pixel_values"])
+    pixels = torch.cat(pixels)
+    words = tokenizer([f"{caption} [EOS]" for _, caption in pairs], return_tensors="pt")[
         "input_ids"
     ]
+
+    def logits_of(pick: torch.Tensor) -> torch.Tensor:
+        ids = torch.cat([prompt["input_ids"].expand(len(pick), -1), words[pick]], 1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs |= {"pixel_values": pixels[pick], "logits_to_keep": words.shape[1] + 1}
+        return model(**inputs).logits[:, :-1]
+
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    generator, held_out, start = torch.Generator().manual_seed(0), 1000, time.time()
-
-    def logits_of(pick):
-        ids = torch.cat([prompt.expand(len(pick), -1), words[pick]], 1)
-        return model(
-            input_ids=ids,
-            pixel_values=pixels[pick],
-            attention_mask=torch.ones_like(ids),
-            logits_to_keep=words.shape[1] + 1,
-        ).logits[:, :-1]
-
+    generator, start = torch.Generator().manual_seed(0), time.time()
     for step in range(1, steps + 1):
         pick = torch.randint(held_out, len(pairs), (batch,), generator=generator)
         loss = F.cross_entropy(logits_of(pick).flatten(0, 1), words[pick].flatten())
@@ -321,57 +223,43 @@ def pretrain_mllm(
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
-            print(
-                f"\rtoy MLLM: step {step}/{steps}, loss {loss.item():.3f}, {time.time() - start:.0f} s",
-                end="",
-                flush=True,
-            )
+            passed = f"loss {loss.item():.3f}, {time.time() - start:.0f} s"
+            print(f"\rtoy MLLM: step {step}/{steps}, {passed}", end="", flush=True)
     with torch.inference_mode():
-        exact = [
-            (logits_of(pick).argmax(-1) == words[pick]).all(1)
-            for pick in torch.arange(held_out).split(100)
-        ]
+        parts = torch.arange(held_out).split(100)
+        exact = [(logits_of(pick).argmax(-1) == words[pick]).all(1) for pick in parts]
     return torch.cat(exact).float().mean().item()
 
 
-def save_mllm(folder: Path, steps: int = 0, **kwargs) -> None:
-    model, processor = build_mllm(**kwargs)
+def save_mllm(folder: Path, steps: int = 0, **options) -> None:
+    model, processor = build_mllm(**options)
     if steps:
         exact = pretrain_mllm(model, processor, steps)
+        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         print(
-            f"\ntoy MLLM: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {exact:.1%} of the captions of new images are exact, word for word"
+            f"\ntoy MLLM: {size:.2f} M parameters, {exact:.1%} of the captions of new images are "
+            "exact, word for word"
         )
     processor.save_pretrained(folder)
     model.eval().save_pretrained(folder)
 
 
-def save_text_encoder(folder: Path, width: int = 64, steps: int = 0, seed: int = 0) -> None:
-    """A tiny BERT. Random, its vectors all but coincide (most words are the same in all captions); `steps` of SimCSE (two dropout passes
-    over a caption are a positive pair, the other captions negatives) spread them. It sees random captions, no image and no label."""
+def save_text_encoder(folder: Path, steps: int = 0, seed: int = 0) -> None:
+    """A tiny BERT. Random, its vectors all but coincide (most words are the same in all captions);
+    `steps` of SimCSE (two dropout passes over a caption are a positive pair, the other captions
+    negatives) spread them. It sees random captions, no image and no label."""
     torch.manual_seed(seed)
-    tokenizer, rng = word_tokenizer("photo", "of"), random.Random(seed)
-    model = BertModel(
-        BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            hidden_dropout_prob=0.1,
-        ),
-        add_pooling_layer=False,
-    )
+    tokenizer, rng = toy_tokenizer("photo", "of"), random.Random(seed)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 4, "max_position_embeddings": 64, "hidden_dropout_prob": 0.1}
+    config = tf.BertConfig(vocab_size=len(tokenizer), **shape)
+    model = tf.BertModel(config, add_pooling_layer=False)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for _ in range(steps):
-        captions = [
-            caption_of(
-                *rng.choice(CLASSES).split("_"),
-                *map(rng.choice, (list(SIZES), list(PLACES), list(BACKGROUNDS))),
-            )
-            for _ in range(64)
-        ]
-        ids = tokenizer(sorted(set(captions)), return_tensors="pt")["input_ids"]
+        captions = set()
+        for _ in range(64):
+            captions.add(caption_of(*rng.choice(CLASSES).split("_"), *draw_look(rng)))
+        ids = tokenizer(sorted(captions), return_tensors="pt")["input_ids"]
         a, b = (F.normalize(model(ids).last_hidden_state.mean(1), dim=1) for _ in range(2))
         F.cross_entropy(a @ b.T / 0.05, torch.arange(len(ids))).backward()
         optimizer.step()
@@ -380,123 +268,176 @@ def save_text_encoder(folder: Path, width: int = 64, steps: int = 0, seed: int =
     tokenizer.save_pretrained(folder)
 
 
-# ------------------------------------------------------------------------------------------------------------- the demo
+# =================================================================================================
+# The demo.
+# =================================================================================================
 
 
 def draw_curves(file: Path, runs: dict[str, Path]) -> None:
     """A PNG of validation top-1 over the epochs, a line per run."""
     image = Image.new("RGB", (640, 400), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
-    curves = {
-        name: [
-            (e["epoch"], e["val_top1"])
-            for e in read_lines(run / "log.jsonl")[1:]
-            if "val_top1" in e
-        ]
-        for name, run in runs.items()
-    }
-    top, last = (
-        max(y for curve in curves.values() for _, y in curve) * 1.1,
-        max(x for curve in curves.values() for x, _ in curve),
-    )
+    curves = {}
+    for name, run in runs.items():
+        entries = [entry for entry in read_lines(run / "log.jsonl") if "val_top1" in entry]
+        curves[name] = [(entry["epoch"], entry["val_top1"]) for entry in entries]
+    points = [point for curve in curves.values() for point in curve]
+    last, top = max(x for x, _ in points), 1.1 * max(y for _, y in points)
     for tick in range(0, math.ceil(top), 5):
         y = 360 - 320 * tick / top
         pen.line([50, y, 620, y], "lightgray")
         pen.text((10, y - 8), f"{tick} %", "black", font)
-    for (name, curve), color in zip(curves.items(), ("gray", "green", "red")):
-        points = [(50 + 570 * x / last, 360 - 320 * y / top) for x, y in curve]
-        pen.line(points, color, 3)
-        pen.text((60 + 120 * list(curves).index(name), 10), name, color, font)
+    for i, (name, color) in enumerate(zip(curves, ("gray", "green", "red"), strict=True)):
+        pen.line([(50 + 570 * x / last, 360 - 320 * y / top) for x, y in curves[name]], color, 3)
+        pen.text((60 + 120 * i, 10), name, color, font)
     pen.text((240, 375), f"validation top-1 over {last} epochs", "black", font)
     image.save(file)
 
 
 def run_demo(root: Path) -> None:
-    began = time.time()
+    began, at = time.time(), shlex.quote(str(root))
 
     def run(line: str) -> None:
         print(f"\n$ python {line}", flush=True)
         script, *options = shlex.split(line)
         subprocess.run([sys.executable, str(HERE / script), *options], check=True)
 
-    def shown(path: Path) -> str:
-        return shlex.quote(str(path))
-
-    prepare(root, data=(40, 0.6, 0))
-    describe = f"caption.py --data {shown(root / 'data/train')} --model {shown(root / 'mllm')} --prompt '{PROMPT}' --max-new-tokens 16 --batch-size 64"
-    run(f"{describe} --preview {shown(root / 'captions.png')}")
-    run(f"{describe} --out {shown(root / 'captions.jsonl')}")
+    prepare(root, data=(40, 0.6))
+    describe = f"caption.py --data {at}/data/train --model {at}/mllm --prompt '{PROMPT}'"
+    describe += " --max-new-tokens 16 --batch-size 64"
+    run(f"{describe} --preview {at}/captions.png")
+    run(f"{describe} --out {at}/captions.jsonl")
+    run(f"embed.py --captions {at}/captions.jsonl --out {at}/embeddings.npy --model {at}/encoder")
+    train = f"train.py --data {at}/data --arch shufflenet_v2_x0_5 --input-size 64 --epochs 30 -b 50"
+    train += " --lr 0.1 --val-every 5 --seed 1 -j 1 --resume"
+    aligned = f"--captions {at}/captions.jsonl --embeddings {at}/embeddings.npy --align-weight 2"
+    aligned += " --temperature 0.1"
+    run(f"{train} --out {at}/runs/baseline")
+    run(f"{train} --out {at}/runs/aligned {aligned}")
+    run(f"{train} --out {at}/runs/shuffled {aligned} --shuffle-captions")
+    runs = {name: root / "runs" / name for name in ("baseline", "aligned", "shuffled")}
     run(
-        f"embed.py --captions {shown(root / 'captions.jsonl')} --out {shown(root / 'embeddings.npy')} --model {shown(root / 'encoder')}"
+        f"evaluate.py --data {at}/data/val {' '.join(f'{at}/runs/{name}/last.pt' for name in runs)}"
     )
-    common = f"--data {shown(root / 'data')} --arch shufflenet_v2_x0_5 --input-size 64 --epochs 30 -b 50 --lr 0.1 --val-every 5 --seed 1 -j 1 --resume"
-    aligned = f"--captions {shown(root / 'captions.jsonl')} --embeddings {shown(root / 'embeddings.npy')} --align-weight 2 --temperature 0.1"
-    run(f"train.py {common} --out {shown(root / 'runs/baseline')}")
-    run(f"train.py {common} --out {shown(root / 'runs/aligned')} {aligned}")
-    run(f"train.py {common} --out {shown(root / 'runs/shuffled')} {aligned} --shuffle-captions")
-    run(
-        f"evaluate.py --data {shown(root / 'data/val')} "
-        + " ".join(
-            shown(root / "runs" / name / "last.pt") for name in ("baseline", "aligned", "shuffled")
-        )
-    )
-    draw_curves(
-        root / "curves.png",
-        {name: root / "runs" / name for name in ("baseline", "aligned", "shuffled")},
-    )
+    draw_curves(root / "curves.png", runs)
     print(
-        f"\nWritten under {root}: data/, mllm/, encoder/, captions.jsonl, captions.png, embeddings.npy, runs/*/log.jsonl, curves.png. {time.time() - began:.0f} s in all."
+        f"\nUnder {root}: data, mllm, encoder, captions.jsonl, captions.png, embeddings.npy, "
+        f"runs/*/log.jsonl, curves.png. {time.time() - began:.0f} s in all."
     )
 
 
-# ------------------------------------------------------------------- tiny random models of the kinds that caption.py takes
+# =================================================================================================
+# The tests: what they share, then a class per script.
+# =================================================================================================
 
-VISION = dict(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    image_size=32,
-    patch_size=8,
-)
-IDS = dict(pad_token_id=0, bos_token_id=2, eos_token_id=3)
-SQUARE = dict(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+TMP = Path(tempfile.gettempdir()) / f"gpt4image-{os.getpid()}"
+WORLD, MLLM, ENCODER = TMP / "world", TMP / "mllm", TMP / "encoder"
+CAPTIONS, EMBEDDINGS = TMP / "captions.jsonl", TMP / "embeddings.npy"
 
 
-def tokens(frame: str = "$A", **special: str) -> PreTrainedTokenizerFast:
-    """word_tokenizer() that puts [BOS] and [EOS] around a text as `frame` says; `special`: image_token="<image>" and the like."""
-    torch.manual_seed(0)  # every builder begins here
-    backend = word_tokenizer("thing", "cat", *special.values()).backend_tokenizer
-    backend.post_processor = processors.TemplateProcessing(
-        single=frame, special_tokens=[("[BOS]", 2), ("[EOS]", 3)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        bos_token="[BOS]",
-        eos_token="[EOS]",
-        extra_special_tokens=special,
-    )
+def setUpModule() -> None:
+    """A world of 4 classes x 6 images, a random MLLM, a random encoder, captions, embeddings."""
+    torch.set_num_threads(2)
+    TMP.mkdir()
+    captions = draw_world(WORLD, 6, 5, wrong=0, classes=CLASSES[:2] + CLASSES[-2:])
+    write_lines(CAPTIONS, [{"image": key, "caption": captions[key]} for key in sorted(captions)])
+    save_mllm(MLLM, init=0.2)
+    save_text_encoder(ENCODER)
+    call(f"embed --captions {CAPTIONS} --out {EMBEDDINGS} --model {ENCODER}")
+
+
+def tearDownModule() -> None:
+    shutil.rmtree(TMP)
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+VISION |= {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+SQUARE = {"size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+
+
+def tokens(frame: str = "$A", **special: str) -> tf.PreTrainedTokenizerFast:
+    """A tokenizer that frames the text; `special`: image_token="<image>" and the like."""
+    torch.manual_seed(0)
+    words = "thing", "cat", *special.values()
+    return word_tokenizer(*words, frame=frame, extra_special_tokens=special)
 
 
 def text(tokenizer, **more) -> dict:
-    return (
-        dict(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=512,
-            **IDS,
-        )
-        | more
-    )
+    """The configuration of a tiny language model."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "max_position_embeddings": 512}
+    return shape | IDS | {"vocab_size": len(tokenizer)} | more
 
 
-def save_kind(folder: Path, model, *parts) -> None:
-    """Random weights that are large enough for captions to depend on the image."""
+def save_kind(kind: str, folder: Path) -> None:
+    """A tiny random model of a kind that caption.py takes, as the hub has them; its weights are
+    large enough for captions to depend on the image."""
+    closed, opened, reader = tokens("[BOS] $A [EOS]"), tokens("[BOS] $A"), tokens("[BOS] $A [EOS]")
+    # the Q-Former counts characters: its lengths differ from the LLM's
+    reader.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    plain, pads = tokens(), {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    tiled, padded = tokens(image_token="<image>"), tokens(**pads)
+    square, crop = tf.BlipImageProcessor(**SQUARE), {"crop_size": {"height": 32, "width": 32}}
+    tiles = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+    tiles = tf.Idefics3ImageProcessor(**tiles)
+    tiles = tf.Idefics3Processor(tiles, tiled, image_seq_len=4, chat_template=CHAT)  # adds tokens
+    patches = {"size": {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}, "patch_size": 8}
+    patches = tf.Qwen2VLImageProcessor(**patches), padded, tf.Qwen2VLVideoProcessor(patch_size=8)
+    queries = {"num_query_tokens": 4, "vision_config": VISION}
+    queries["image_token_index"] = opened.convert_tokens_to_ids("<image>")
+    opt = text(opened, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=128)
+    gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "add_cross_attention": True}
+    gpt2 |= {"vocab_size": len(plain), "is_decoder": True}
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    towers = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2}
+    kinds = {  # the class, its configuration, what is saved beside it
+        "blip": (
+            tf.BlipForConditionalGeneration,
+            {"text_config": text(closed, sep_token_id=3), "vision_config": VISION},
+            [tf.BlipProcessor(square, closed)],
+        ),
+        "git": (
+            tf.GitForCausalLM,
+            text(closed, vision_config=VISION),
+            [tf.GitProcessor(tf.CLIPImageProcessor(size={"shortest_edge": 32}, **crop), closed)],
+        ),
+        "blip2": (
+            tf.Blip2ForConditionalGeneration,
+            queries
+            | {"qformer_config": text(opened, encoder_hidden_size=32)}
+            | {"text_config": tf.OPTConfig(**opt)},
+            [tf.Blip2Processor(square, opened, num_query_tokens=4)],
+        ),
+        "instructblip": (
+            tf.InstructBlipForConditionalGeneration,
+            queries
+            | {"qformer_config": text(reader, encoder_hidden_size=32)}
+            | {"text_config": tf.LlamaConfig(**text(opened))},
+            [tf.InstructBlipProcessor(square, opened, reader, num_query_tokens=4)],
+        ),
+        "vit_gpt2": (
+            tf.VisionEncoderDecoderModel,
+            {"encoder": tf.ViTConfig(**VISION).to_dict(), "decoder_start_token_id": 2}
+            | {"decoder": tf.GPT2Config(**gpt2, **IDS).to_dict()}
+            | IDS,
+            [tf.ViTImageProcessor(**SQUARE), plain],
+        ),
+        "idefics3": (
+            tf.Idefics3ForConditionalGeneration,
+            {"vision_config": VISION, "text_config": tf.LlamaConfig(**text(tiled))}
+            | {"image_token_id": tiled.image_token_id},
+            [tiles],
+        ),
+        "qwen2_vl": (
+            tf.Qwen2VLForConditionalGeneration,
+            {"text_config": text(padded, num_key_value_heads=4, rope_parameters=rope)}
+            | {"vision_config": towers | {"patch_size": 8}}
+            | {f"{name}_id": getattr(padded, f"{name}_id") for name in pads},
+            [tf.Qwen2VLProcessor(*patches, CHAT.replace("<image>", "<|image_pad|>"))],
+        ),
+    }
+    model, config, parts = kinds[kind]
+    model = model(model.config_class(**config))
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -504,164 +445,6 @@ def save_kind(folder: Path, model, *parts) -> None:
     model.generation_config.update(**IDS)
     for part in (model, *parts):
         part.save_pretrained(folder)
-
-
-def build_blip(folder):
-    tokenizer = tokens("[BOS] $A [EOS]")
-    config = tf.BlipConfig(text_config=text(tokenizer, sep_token_id=3), vision_config=VISION)
-    save_kind(
-        folder,
-        tf.BlipForConditionalGeneration(config),
-        tf.BlipProcessor(tf.BlipImageProcessor(**SQUARE), tokenizer),
-    )
-
-
-def build_git(folder):
-    tokenizer = tokens("[BOS] $A [EOS]")
-    processor = tf.GitProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
-        tokenizer,
-    )
-    save_kind(
-        folder, tf.GitForCausalLM(tf.GitConfig(**text(tokenizer), vision_config=VISION)), processor
-    )
-
-
-def build_blip2(folder):
-    tokenizer = tokens("[BOS] $A")
-    opt = tf.OPTConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        ffn_dim=64,
-        word_embed_proj_dim=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        **IDS,
-    )
-    config = tf.Blip2Config(
-        vision_config=VISION,
-        qformer_config=dict(text(tokenizer), encoder_hidden_size=32),
-        text_config=opt,
-        num_query_tokens=4,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    save_kind(
-        folder,
-        tf.Blip2ForConditionalGeneration(config),
-        tf.Blip2Processor(tf.BlipImageProcessor(**SQUARE), tokenizer, num_query_tokens=4),
-    )
-
-
-def build_instructblip(folder):
-    tokenizer, reader = tokens("[BOS] $A"), tokens("[BOS] $A [EOS]")
-    reader.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(
-        "", "isolated"
-    )  # the Q-Former counts characters: its lengths differ from the LLM's
-    config = tf.InstructBlipConfig(
-        vision_config=VISION,
-        qformer_config=dict(text(reader), encoder_hidden_size=32),
-        text_config=LlamaConfig(**text(tokenizer)),
-        num_query_tokens=4,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    processor = tf.InstructBlipProcessor(
-        tf.BlipImageProcessor(**SQUARE), tokenizer, reader, num_query_tokens=4
-    )
-    save_kind(folder, tf.InstructBlipForConditionalGeneration(config), processor)
-
-
-def build_vit_gpt2(folder):
-    tokenizer = tokens()
-    gpt2 = tf.GPT2Config(
-        vocab_size=len(tokenizer),
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=64,
-        add_cross_attention=True,
-        is_decoder=True,
-        **IDS,
-    )
-    config = tf.VisionEncoderDecoderConfig(
-        encoder=tf.ViTConfig(**VISION).to_dict(),
-        decoder=gpt2.to_dict(),
-        decoder_start_token_id=2,
-        **IDS,
-    )
-    save_kind(
-        folder, tf.VisionEncoderDecoderModel(config), tf.ViTImageProcessor(**SQUARE), tokenizer
-    )
-
-
-def build_idefics3(folder):
-    tokenizer = tokens(image_token="<image>")
-    images = tf.Idefics3ImageProcessor(
-        size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
-    )
-    processor = tf.Idefics3Processor(
-        images, tokenizer, image_seq_len=4, chat_template=CHAT
-    )  # adds tokens
-    config = tf.Idefics3Config(
-        vision_config=VISION,
-        text_config=LlamaConfig(**text(tokenizer)),
-        image_token_id=tokenizer.image_token_id,
-    )
-    save_kind(folder, tf.Idefics3ForConditionalGeneration(config), processor)
-
-
-def build_qwen2_vl(folder):
-    tokenizer = tokens(image_token="<|image_pad|>", video_token="<|video_pad|>")
-    images = tf.Qwen2VLImageProcessor(
-        patch_size=8, size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
-    )
-    processor = tf.Qwen2VLProcessor(
-        images,
-        tokenizer,
-        tf.Qwen2VLVideoProcessor(patch_size=8),
-        CHAT.replace("<image>", "<|image_pad|>"),
-    )
-    language = text(
-        tokenizer,
-        num_key_value_heads=4,
-        rope_parameters=dict(rope_type="default", mrope_section=[2, 1, 1], rope_theta=1e4),
-    )
-    vision = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2, patch_size=8)
-    config = tf.Qwen2VLConfig(
-        text_config=language,
-        vision_config=vision,
-        image_token_id=tokenizer.image_token_id,
-        video_token_id=tokenizer.video_token_id,
-    )
-    save_kind(folder, tf.Qwen2VLForConditionalGeneration(config), processor)
-
-
-# ------------------------------------------------------------------------------------------------------------ the tests
-
-
-def setUpModule() -> None:
-    """One folder for all tests: a world of 4 classes x 6 images, a random MLLM, a random encoder, captions and embeddings."""
-    global TMP, WORLD, MLLM, ENCODER, CAPTIONS, EMBEDDINGS
-    torch.set_num_threads(2)
-    TMP = Path(tempfile.mkdtemp(prefix="gpt4image-"))
-    WORLD, MLLM, ENCODER, CAPTIONS, EMBEDDINGS = (
-        TMP / "world",
-        TMP / "mllm",
-        TMP / "encoder",
-        TMP / "captions.jsonl",
-        TMP / "embeddings.npy",
-    )
-    true = draw_world(WORLD, 6, 5, wrong=0, classes=CLASSES[:2] + CLASSES[-2:])
-    save_mllm(MLLM, init=0.2)
-    save_text_encoder(ENCODER)
-    write_lines(
-        CAPTIONS, [{"image": key, "caption": caption} for key, caption in sorted(true.items())]
-    )
-    call("embed", "--captions", CAPTIONS, "--out", EMBEDDINGS, "--model", ENCODER)
-
-
-def tearDownModule() -> None:
-    shutil.rmtree(TMP)
 
 
 def write_lines(file: Path, lines: list[dict]) -> None:
@@ -672,55 +455,55 @@ def read_lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
 
 
-def call(script: str, *options) -> str:
-    """Run a script's main() in this process (saves the seconds of importing torch); what it printed. SystemExit passes through, with its sentence."""
-    module, printed, errors = importlib.import_module(script), io.StringIO(), io.StringIO()
+def words_of(line: str, *options) -> list[str]:
+    """ "caption --data DIR", as one types it; and options that are not to be split."""
+    return [*shlex.split(line), *map(str, options)]
+
+
+def call(line: str, *options) -> str:
+    """Run a script's main() in this process (saves the seconds of importing torch); what it
+    printed. SystemExit passes through, with its sentence."""
+    words, printed, errors = words_of(line, *options), io.StringIO(), io.StringIO()
+    module = importlib.import_module(words[0])
     try:
         with (
-            unittest.mock.patch.object(sys, "argv", [script, *map(str, options)]),
+            unittest.mock.patch.object(sys, "argv", words),
             contextlib.redirect_stdout(printed),
             contextlib.redirect_stderr(errors),
         ):
             module.main()
-    except SystemExit as end:
-        raise SystemExit(
-            errors.getvalue().splitlines()[-1] if end.code == 2 else end.code
-        )  # 2: argparse has printed its sentence
+    except SystemExit as end:  # 2: argparse has printed its sentence
+        sentence = errors.getvalue().splitlines()[-1] if end.code == 2 else end.code
+        raise SystemExit(sentence) from end
     return printed.getvalue()
 
 
-def command(script: str, *options, processes: int = 1) -> list[str]:
-    launcher = (
-        [sys.executable]
-        if processes == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-        ]
-    )
-    return [*launcher, str(HERE / f"{script}.py"), *map(str, options)]
+def command(line: str, *options, processes: int = 1) -> list[str]:
+    script, *words = words_of(line, *options)
+    launcher = [sys.executable]
+    if processes > 1:
+        torchrun = "-m torch.distributed.run --standalone --nproc_per_node"
+        launcher += [*torchrun.split(), str(processes)]
+    return [*launcher, str(HERE / f"{script}.py"), *words]
 
 
-def shell(script: str, *options, processes: int = 1) -> str:
+def shell(line: str, *options, processes: int = 1) -> str:
     """Run a script as a user does; what it printed on stdout."""
     result = subprocess.run(
-        command(script, *options, processes=processes),
+        command(line, *options, processes=processes),
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     if result.returncode:
-        raise AssertionError(f"{script} {options} failed:\n{result.stderr[-3000:]}")
+        raise AssertionError(f"{line} failed:\n{result.stderr[-3000:]}")
     return result.stdout
 
 
-def kill_when(ready, script: str, *options, processes: int = 1) -> None:
+def kill_when(ready, line: str, *options, processes: int = 1) -> None:
     """Start a script and SIGKILL it and its children as soon as `ready()`."""
     process = subprocess.Popen(
-        command(script, *options, processes=processes),
+        command(line, *options, processes=processes),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -730,9 +513,8 @@ def kill_when(ready, script: str, *options, processes: int = 1) -> None:
         deadline = time.time() + 120
         while not ready():
             if process.poll() is not None or time.time() > deadline:
-                raise AssertionError(
-                    f"{script} was not to be caught in the middle: {process.stderr.read().decode()[-2000:]}"
-                )
+                said = process.stderr.read().decode()[-2000:]
+                raise AssertionError(f"{line} was not to be caught in the middle: {said}")
             time.sleep(0.005)
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -741,61 +523,46 @@ def kill_when(ready, script: str, *options, processes: int = 1) -> None:
         process.wait()
 
 
+def draw_zoo(folder: Path) -> list[str]:
+    """Images of all kinds that can be read; their names (one of them no valid UTF-8)."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rgb = Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8))
+    rgb.convert("L").save(folder / "grey.png")
+    rgb.quantize(8).save(folder / "palette.png", transparency=3)
+    rgb.convert("RGBA").save(folder / "rgba.png")
+    rgb.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(rng.integers(0, 65535, (40, 50), np.uint16)).save(folder / "sixteen.png")
+    rgb.save(folder / "two frames.webp", save_all=True, append_images=[rgb.rotate(90)])
+    rgb.save(os.fsencode(folder) + b"/\xff quote' \n line.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rgb.save(folder / "turned.jpg", exif=exif)
+    return os.listdir(folder)
+
+
 def lines_in(file: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
-
-
-def train_options(out: str, *more, text: bool = True) -> list:
-    return [
-        "--data",
-        WORLD,
-        "--out",
-        TMP / out,
-        "--arch",
-        "squeezenet1_1",
-        "--input-size",
-        32,
-        "--epochs",
-        2,
-        "-b",
-        8,
-        "--lr",
-        0.01,
-        "-j",
-        0,
-        "--device",
-        "cpu",
-        *(
-            ["--captions", CAPTIONS, "--embeddings", EMBEDDINGS, "--align-weight", 1]
-            if text
-            else []
-        ),
-        *more,
-    ]
-
-
-def weights_of(run: str) -> dict[str, torch.Tensor]:
-    return torch.load(TMP / run / "last.pt", weights_only=True)["model"]
 
 
 class Base(unittest.TestCase):
     def shortDescription(self) -> None:
         """Tests are listed by their names alone."""
 
-    def refused(self, pattern: str, script: str, *options) -> None:
+    def refused(self, pattern: str, line: str, *options) -> None:
         """One clear sentence, no traceback, exit code not 0."""
         with self.assertRaises(SystemExit) as caught:
-            call(script, *options)
+            call(line, *options)
         self.assertNotIn(caught.exception.code, (0, None))
         self.assertRegex(str(caught.exception.code), pattern)
         self.assertNotIn("\n", str(caught.exception.code))
 
-    def fills_the_disk(self, size: int, pattern: str, script: str, *options) -> None:
+    def fills_the_disk(self, size: int, pattern: str, line: str, *options) -> None:
         """With files limited to `size` bytes: the sentence, no traceback, exit code 1."""
         import resource  # not on Windows
 
         result = subprocess.run(
-            command(script, *options),
+            command(line, *options),
             capture_output=True,
             text=True,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
@@ -804,571 +571,380 @@ class Base(unittest.TestCase):
         self.assertRegex(result.stderr.splitlines()[-1], pattern)
         self.assertNotIn("Traceback", result.stderr)
 
-    def same_weights(self, a: str, b: str, **tolerance) -> None:
-        for (name, x), y in zip(weights_of(a).items(), weights_of(b).values(), strict=True):
-            if tolerance:
-                torch.testing.assert_close(x, y, **tolerance, msg=lambda m: f"{name}: {m}")
-            else:
-                self.assertTrue(torch.equal(x, y), name)
-
 
 class EndToEnd(Base):
     def test_four_stages_as_a_user_runs_them(self):
-        captions, embeddings, run = TMP / "e2e.jsonl", TMP / "e2e.npy", TMP / "e2e"
-        shell(
-            "caption",
-            "--data",
-            WORLD / "train",
-            "--out",
-            captions,
-            "--model",
-            MLLM,
-            "--prompt",
-            PROMPT,
-            "--max-new-tokens",
-            6,
-            "--batch-size",
-            5,
-            "-j",
-            2,
-        )
+        run = TMP / "e2e"
+        describe = f"caption --data {WORLD}/train --out {run}.jsonl --model {MLLM}"
+        shell(f"{describe} --prompt '{PROMPT}' --max-new-tokens 6 --batch-size 5 -j 2")
         keys = sorted(str(p.relative_to(WORLD / "train")) for p in (WORLD / "train").rglob("*.png"))
-        self.assertEqual([line["image"] for line in read_lines(captions)], keys)
-        self.assertGreater(
-            len({line["caption"] for line in read_lines(captions)}),
-            1,
-            "the captions do not depend on the image",
-        )
-        shell("embed", "--captions", captions, "--out", embeddings, "--model", ENCODER)
-        rows = np.load(embeddings, mmap_mode="r")
+        lines = read_lines(Path(f"{run}.jsonl"))
+        self.assertEqual([line["image"] for line in lines], keys)
+        captions = {line["caption"] for line in lines}
+        self.assertGreater(len(captions), 1, "the captions do not depend on the image")
+        shell(f"embed --captions {run}.jsonl --out {run}.npy --model {ENCODER}")
+        rows = np.load(f"{run}.npy", mmap_mode="r")
         self.assertEqual((rows.shape, rows.dtype), ((24, 64), np.float16))
         np.testing.assert_allclose(np.linalg.norm(rows.astype(np.float32), axis=1), 1, atol=2e-3)
-        options = [
-            "--data",
-            WORLD,
-            "--arch",
-            "resnet18",
-            "--input-size",
-            32,
-            "--epochs",
-            2,
-            "-b",
-            8,
-            "-j",
-            1,
-        ]
-        shell("train", *options, "--out", run, "--captions", captions, "--embeddings", embeddings)
-        shell("train", *options, "--out", TMP / "e2e-baseline")
+        train = f"train --data {WORLD} --arch resnet18 --input-size 32 --epochs 2 -b 8 -j 1"
+        shell(f"{train} --out {run} --captions {run}.jsonl --embeddings {run}.npy")
+        shell(f"{train} --out {run}-baseline")
         config, *epochs = read_lines(run / "log.jsonl")
         self.assertEqual([entry["epoch"] for entry in epochs], [1, 2])
         self.assertEqual(config["config"]["text"]["model"], str(ENCODER))
         self.assertGreater(epochs[0]["loss_align"], 0)
-        # the checkpoint is the plain torchvision model, and evaluate.py counts what an independent loop counts
-        state = torch.load(run / "last.pt", weights_only=True)
+        top1 = self.top1_of_the_plain_model(run / "last.pt")
+        self.assertAlmostEqual(epochs[-1]["val_top1"], top1, places=4)
+        evaluate = f"evaluate --data {WORLD}/val {run}-baseline/last.pt {run}/last.pt"
+        table = shell(f"{evaluate} -b 7 -j 1")
+        self.assertIn(f"| 20 | {top1:.2f} |", table.splitlines()[3])
+        speed = re.compile(r"\d+ \|$", re.M)  # all columns but the speed
+        both = shell(f"{evaluate} -j 0", processes=2)
+        self.assertEqual(speed.sub("", both), speed.sub("", table))
+
+    def top1_of_the_plain_model(self, checkpoint: Path) -> float:
+        """In a loop over torchvision's data set, model and preprocessing."""
+        state = torch.load(checkpoint, weights_only=True)
         model = torchvision.models.get_model(state["arch"], num_classes=len(state["classes"]))
         model.load_state_dict(state["model"], strict=True)
-        preset = torchvision.transforms._presets.ImageClassification(
-            crop_size=32, resize_size=round(32 / 0.875)
-        )
+        preset = torchvision.transforms._presets.ImageClassification
+        preset = preset(crop_size=32, resize_size=round(32 / 0.875))
         folder = torchvision.datasets.ImageFolder(WORLD / "val", preset)
+        model.eval()
         with torch.inference_mode():
-            top1 = 100 * np.mean(
-                [model.eval()(image[None]).argmax().item() == label for image, label in folder]
-            )
-        table = shell(
-            "evaluate",
-            "--data",
-            WORLD / "val",
-            TMP / "e2e-baseline/last.pt",
-            run / "last.pt",
-            "-b",
-            7,
-            "-j",
-            1,
-        )
-        self.assertIn(f"| 20 | {top1:.2f} |", table.splitlines()[3])
-        self.assertAlmostEqual(epochs[-1]["val_top1"], top1, places=4)
-        both = shell(
-            "evaluate",
-            "--data",
-            WORLD / "val",
-            TMP / "e2e-baseline/last.pt",
-            run / "last.pt",
-            "-j",
-            0,
-            processes=2,
-        )
-        speed = re.compile(r"\d+ \|$", re.M)  # all columns but the speed
-        self.assertEqual(speed.sub("", both), speed.sub("", table))
+            hits = [model(image[None]).argmax().item() == label for image, label in folder]
+        return 100 * np.mean(hits)
 
 
 class Captioning(Base):
-    def options(self, out: str, *more) -> list:
-        return [
-            "--data",
-            WORLD / "train",
-            "--out",
-            TMP / out,
-            "--model",
-            MLLM,
-            "--prompt",
-            PROMPT,
-            "--max-new-tokens",
-            6,
-            "--batch-size",
-            2,
-            "-j",
-            0,
-            "--device",
-            "cpu",
-            *more,
-        ]
+    def line(self, out: str, more: str = "", data: Path | None = None) -> str:
+        """caption.py's command line: two images a batch, six tokens a caption."""
+        line = f"caption --data {data or WORLD / 'train'} --out {TMP / out} --model {MLLM}"
+        return (
+            f"{line} --prompt '{PROMPT}' --max-new-tokens 6 --batch-size 2 -j 0 --device cpu {more}"
+        )
 
     @functools.cached_property
     def whole(self) -> bytes:
         if not (TMP / "whole.jsonl").exists():
-            call("caption", *self.options("whole.jsonl"))
+            call(self.line("whole.jsonl"))
         return (TMP / "whole.jsonl").read_bytes()
 
+    @functools.cached_property
+    def captions(self) -> list[str]:
+        return [json.loads(line)["caption"] for line in self.whole.splitlines()]
+
+    @functools.cached_property
+    def keys(self) -> list[str]:
+        return [json.loads(line)["image"] for line in self.whole.splitlines()]
+
     def test_killed_and_restarted(self):
-        out = TMP / "killed.jsonl"
-        kill_when(lambda: lines_in(out) >= 4, "caption", *self.options(out.name))
-        self.assertTrue(
-            self.whole.startswith(out.read_bytes()), "append-only, in the folder's order"
-        )
-        self.assertLess(lines_in(out), 24)
-        with out.open("ab") as stream:
-            stream.write(self.whole[out.stat().st_size :][:30])  # a line that was being written
-        call("caption", *self.options(out.name))
+        out, part = TMP / "killed.jsonl", TMP / "killed.jsonl.parts/0-of-1.jsonl"
+        kill_when(lambda: lines_in(part) >= 4, self.line(out.name))
+        self.assertFalse(out.exists())
+        found = [json.loads(line) for line in part.read_bytes().split(b"\n") if line.endswith(b"}")]
+        self.assertLess(len(found), 12)
+        captions = [record["caption"] for batch in found for record in batch["records"]]
+        self.assertEqual(captions, self.captions[: len(captions)], "in the folder's order")
+        content = part.read_bytes()
+        part.write_bytes(content[: content.rstrip().rindex(b"\n") + 30])  # cut while it was written
+        call(self.line(out.name))
         self.assertEqual(out.read_bytes(), self.whole)
-        call("caption", *self.options(out.name))  # nothing to do
+        self.assertEqual(list(TMP.glob("killed.jsonl?*")), [])
+        self.assertIn("nothing to do", call(self.line(out.name)))
         self.assertEqual(out.read_bytes(), self.whole)
 
     def test_shards_and_torchrun_give_the_same_file(self):
         for shard in "1/3", "0/3":
-            self.assertIn(
-                "batches are done", call("caption", *self.options("shards.jsonl", "--shard", shard))
-            )
+            self.assertIn("batches are done", call(self.line("shards.jsonl", f"--shard {shard}")))
             self.assertFalse((TMP / "shards.jsonl").exists())
-        call("caption", *self.options("shards.jsonl", "--shard", "2/3"))
+        call(self.line("shards.jsonl", "--shard 2/3"))
         self.assertEqual((TMP / "shards.jsonl").read_bytes(), self.whole)
         out = TMP / "torchrun.jsonl"
-        parts = [TMP / f"{out.name}.part-{rank}-of-2" for rank in range(2)]
-        kill_when(
-            lambda: sum(map(lines_in, parts)) >= 4, "caption", *self.options(out.name), processes=2
-        )
-        shell("caption", *self.options(out.name), processes=2)
+        parts = [TMP / f"{out.name}.parts/{rank}-of-2.jsonl" for rank in range(2)]
+        kill_when(lambda: sum(map(lines_in, parts)) >= 4, self.line(out.name), processes=2)
+        self.assertFalse(out.exists())
+        shell(self.line(out.name), processes=2)
         self.assertEqual(out.read_bytes(), self.whole)
-        self.assertEqual(list(TMP.glob("*.part-*")), [])
+        self.assertEqual(list(TMP.glob("torchrun.jsonl?*")), [])
 
-    def test_the_fullest_copy_of_a_batch_wins(self):
-        first, second = (json.loads(line) for line in self.whole.splitlines()[:2])
-        write_lines(TMP / "copies.jsonl.part-0-of-2", [first, second])
-        write_lines(
-            TMP / "copies.jsonl", [{"image": first["image"], "error": "was not to be read"}, second]
-        )
-        call("caption", *self.options("copies.jsonl"))
-        self.assertEqual((TMP / "copies.jsonl").read_bytes(), self.whole)
-        self.assertFalse((TMP / "copies.jsonl.failed").exists())
+    def test_from_several_processes_to_one(self):
+        """What two shards of three did is not done again, and --out is never partial."""
+        out = TMP / "to-one.jsonl"
+        call(self.line(out.name, "--shard 1/3"))
+        part = TMP / "to-one.jsonl.parts/1-of-3.jsonl"
+        part.write_text(part.read_text().replace(self.captions[2], "a mark"))
+        kill_when(lambda: lines_in(TMP / f"{out.name}.parts/0-of-1.jsonl") > 1, self.line(out.name))
+        self.assertFalse(out.exists())
+        call(self.line(out.name))
+        found = [line["caption"] for line in read_lines(out)]
+        self.assertEqual(found[2], "a mark")
+        self.assertEqual(found[:2] + found[6:8], self.captions[:2] + self.captions[6:8])
+
+    def test_the_copy_of_a_batch_with_fewest_errors_wins(self):
+        out, part = TMP / "copies.jsonl", TMP / "copies.jsonl.parts/0-of-2.jsonl"
+        call(self.line(out.name, "--limit 2"))
+        good = (TMP / "copies.jsonl.parts/0-of-1.jsonl").read_bytes()
+        bad = json.loads(good)
+        bad["records"][0] = {"image": self.keys[0], "error": "was not to be read"}
+        for copies in (good, json.dumps(bad).encode() + b"\n"), (json.dumps(bad).encode(), good):
+            part.write_bytes(b"".join(copies))
+            call(self.line(out.name, "--limit 4"))
+            self.assertEqual(out.read_bytes(), b"".join(self.whole.splitlines(True)[:4]))
+            self.assertFalse((TMP / "copies.jsonl.failed").exists())
 
     def test_limit_then_all(self):
-        call("caption", *self.options("limit.jsonl", "--limit", 5))
+        call(self.line("limit.jsonl", "--limit 5"))
         self.assertEqual(lines_in(TMP / "limit.jsonl"), 5)
-        call("caption", *self.options("limit.jsonl"))
+        call(self.line("limit.jsonl"))
         self.assertEqual((TMP / "limit.jsonl").read_bytes(), self.whole)
 
     def test_no_mixed_files(self):
-        self.whole
-        self.refused(
-            "was begun with settings", "caption", *self.options("whole.jsonl", "--prompt", "a")
-        )
-        write_lines(
-            TMP / "other.jsonl",
-            [json.loads(line) | {"prompt": "other"} for line in self.whole.splitlines()],
-        )
-        self.refused(
-            "was begun with prompt 'other', this run has 'describe the image'",
-            "caption",
-            *self.options("other.jsonl"),
-        )
-        self.refused(
-            "was begun with settings",
-            "caption",
-            *self.options("whole.jsonl", "--max-new-tokens", 7),
-        )
+        self.assertTrue(self.whole)
+        for other in "--prompt a", "--max-new-tokens 7", "--revision other":
+            self.refused("was begun with settings", self.line("whole.jsonl", other))
+        call(self.line("begun.jsonl", "--limit 4"))
+        self.refused("was begun with settings .*describe", self.line("begun.jsonl", "--prompt a"))
+
+    def test_a_branch_that_moves_does_not_mix_models(self):
+        from_pretrained, commit = tf.AutoConfig.from_pretrained, None
+
+        def resolved(*args, **options):
+            config = from_pretrained(*args, **options)
+            if not options.get("return_unused_kwargs"):
+                config._commit_hash = commit
+            return config
+
+        with unittest.mock.patch("transformers.AutoConfig.from_pretrained", resolved):
+            call(self.line("moved.jsonl", "--limit 4"))
+            commit = "0123abcd"
+            self.refused('begun with .*"main".*"0123abcd"', self.line("moved.jsonl"))
 
     def test_batch_size_does_not_change_captions(self):
-        call("caption", *self.options("b7.jsonl", "--batch-size", 7))
-        self.assertEqual(
-            [line["caption"] for line in read_lines(TMP / "b7.jsonl")],
-            [json.loads(line)["caption"] for line in self.whole.splitlines()],
-        )
+        call(self.line("b7.jsonl", "--batch-size 7"))
+        self.assertEqual([line["caption"] for line in read_lines(TMP / "b7.jsonl")], self.captions)
 
     def test_kinds_of_models(self):
-        """Batch 1 and batch 4 give the same captions for images of different sizes; they depend on the image; the prompt is not in them."""
+        """Batch 1 and batch 4 give the same captions for images of different sizes; they depend on
+        the image; the prompt is not in them."""
         rng = np.random.default_rng(0)
         for i in range(7):
             folder = TMP / "sizes" / ("cat" if i < 4 else "large_red_circle")
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(
-                rng.integers(0, 255, tuple(rng.integers(24, 90, 2)) + (3,), np.uint8)
-            ).save(folder / f"{i}.png")
+            size = (*rng.integers(24, 90, 2), 3)
+            Image.fromarray(rng.integers(0, 255, size, np.uint8)).save(folder / f"{i}.png")
         for kind in "blip", "git", "blip2", "instructblip", "vit_gpt2", "idefics3", "qwen2_vl":
             with self.subTest(kind):
-                globals()[f"build_{kind}"](TMP / kind)
+                save_kind(kind, TMP / kind)
+                prompt = "" if kind in ("git", "vit_gpt2") else "describe the {class}"
                 found = []
                 for size in 1, 4:
                     out = TMP / f"{kind}-{size}.jsonl"
-                    prompt = "" if kind in ("git", "vit_gpt2") else "describe the {class}"
-                    call(
-                        "caption",
-                        "--data",
-                        TMP / "sizes",
-                        "--out",
-                        out,
-                        "--model",
-                        TMP / kind,
-                        "--prompt",
-                        prompt,
-                        "--max-new-tokens",
-                        8,
-                        "--batch-size",
-                        size,
-                        "-j",
-                        0,
-                        "--device",
-                        "cpu",
-                    )
+                    options = f"--prompt '{prompt}' --max-new-tokens 8 --batch-size {size} -j 0"
+                    options += f" --device cpu --out {out} --model {TMP / kind}"
+                    call(f"caption --data {TMP / 'sizes'} {options}")
                     found.append([line["caption"] for line in read_lines(out)])
                 self.assertEqual(found[0], found[1])
                 self.assertEqual(len(found[0]), 7)
                 self.assertGreater(len(set(found[0])), 2)
                 self.assertFalse([caption for caption in found[0] if "describe the" in caption])
+        for kind in "git", "vit_gpt2":
+            self.refused(
+                "takes no text: pass --prompt ''", self.line("x.jsonl", f"--model {TMP / kind}")
+            )
 
     def test_out_of_memory_is_halved(self):
-        """Down to one image; one that does not fit even alone costs itself only, and --retry-failed brings it back."""
+        """Down to one image; one that does not fit even alone costs itself only, and --retry-failed
+        brings it back."""
         from caption import Describer
 
         generate, seen = Describer.generate, []
 
-        def small_memory(describer, inputs):
+        def small_memory(describer, inputs, **changes):
+            if changes:  # the probe
+                return generate(describer, inputs, **changes)
             seen.append(inputs["pixel_values"])
             if len(seen[-1]) > 2 or any(torch.equal(row, seen[0][3]) for row in seen[-1]):
                 raise torch.OutOfMemoryError("no room")
             return generate(describer, inputs)
 
+        line, out = self.line("oom.jsonl", "--batch-size 7"), TMP / "oom.jsonl"
         with unittest.mock.patch.object(Describer, "generate", small_memory):
-            printed = call("caption", *self.options("oom.jsonl", "--batch-size", 7))
-        want = [json.loads(line)["caption"] for line in self.whole.splitlines()]
-        self.assertEqual(
-            [line["caption"] for line in read_lines(TMP / "oom.jsonl")], want[:3] + want[4:]
-        )
+            printed = call(line)
+        found = [line["caption"] for line in read_lines(out)]
+        self.assertEqual(found, self.captions[:3] + self.captions[4:])
         self.assertIn("23 captions", printed)
         self.assertIn("1 images failed, listed in", printed)
         self.assertRegex(read_lines(TMP / "oom.jsonl.failed")[0]["error"], "OutOfMemoryError")
-        call("caption", *self.options("oom.jsonl", "--batch-size", 7, "--retry-failed"))
-        self.assertEqual([line["caption"] for line in read_lines(TMP / "oom.jsonl")], want)
+        call(f"{line} --retry-failed")
+        self.assertEqual([line["caption"] for line in read_lines(out)], self.captions)
         self.assertFalse((TMP / "oom.jsonl.failed").exists())
 
-    def test_odd_image_and_added_images(self):
+    def test_odd_images(self):
+        """One image that the processor refuses costs itself; when each batch holds one, they can be
+        done again all the same."""
         from caption import Describer, load_image
 
-        keys = [json.loads(line)["image"] for line in self.whole.splitlines()]
-        odd, encode = load_image(str(WORLD / "train" / keys[5])).tobytes(), Describer.encode
+        odd = {load_image(str(WORLD / "train" / key)).tobytes() for key in self.keys[1::4]}
+        encode = Describer.encode
 
-        def picky(describer, images, prompts):
-            if any(image.tobytes() == odd for image in images):
+        def picky(describer, images, prompt):
+            if any(image.tobytes() in odd for image in images):
                 raise ValueError("too odd")
-            return encode(describer, images, prompts)
+            return encode(describer, images, prompt)
 
+        line = self.line("picky.jsonl", "--batch-size 4")
         with unittest.mock.patch.object(Describer, "encode", picky):
-            call("caption", *self.options("picky.jsonl", "--batch-size", 4))
-        self.assertEqual(
-            [line["image"] for line in read_lines(TMP / "picky.jsonl")], keys[:5] + keys[6:]
-        )
-        self.assertEqual(
-            read_lines(TMP / "picky.jsonl.failed"),
-            [{"image": keys[5], "error": "ValueError: too odd"}],
-        )
-        shutil.copytree(WORLD / "train", TMP / "grown")
-        (TMP / "grown" / "a_first_class").mkdir()
-        shutil.copy(WORLD / "train" / keys[0], TMP / "grown" / "a_first_class" / "new.png")
-        write_lines(
-            TMP / "grown.jsonl", [json.loads(line) for line in self.whole.splitlines()][::2]
-        )
-        self.refused(
-            "batches lack captions: were images added",
-            "caption",
-            *self.options("grown.jsonl", "--data", TMP / "grown"),
-        )
+            call(line)
+        kept = [key for key in self.keys if key not in self.keys[1::4]]
+        self.assertEqual([line["image"] for line in read_lines(TMP / "picky.jsonl")], kept)
+        failed = [{"image": key, "error": "ValueError: too odd"} for key in self.keys[1::4]]
+        self.assertEqual(read_lines(TMP / "picky.jsonl.failed"), failed)
+        call(f"{line} --retry-failed")
+        found = [line["caption"] for line in read_lines(TMP / "picky.jsonl")]
+        self.assertEqual(found, self.captions)
+
+    def test_a_model_that_cannot_generate(self):
+        """Shows at start, not as one failed image after the other."""
+        failure = unittest.mock.Mock(side_effect=ValueError("broken"))
+        with unittest.mock.patch("transformers.LlavaForConditionalGeneration.generate", failure):
+            self.refused("cannot take 'describe the image': .*broken", self.line("broken.jsonl"))
+        self.assertEqual(list(TMP.glob("broken.jsonl*")), [])
+
+    def test_added_images(self):
+        grown = TMP / "grown"
+        shutil.copytree(WORLD / "train", grown)
+        call(self.line("grown.jsonl", "--limit 4", data=grown))
+        (grown / "a_first_class").mkdir()
+        shutil.copy(grown / self.keys[0], grown / "a_first_class" / "new.png")
+        self.refused('images": "24 .*images": "25 ', self.line("grown.jsonl", data=grown))
 
     def test_full_disk(self):
-        self.fills_the_disk(
-            2000,
-            "File too large; what is complete on the disk stays: start the same command again",
-            "caption",
-            *self.options("full.jsonl"),
+        sentence = (
+            "File too large; what is complete on the disk stays: start the same command again"
         )
-        self.assertLess(lines_in(TMP / "full.jsonl"), 24)
-        call("caption", *self.options("full.jsonl"))
+        self.fills_the_disk(2000, sentence, self.line("full.jsonl"))
+        self.assertFalse((TMP / "full.jsonl").exists())
+        call(self.line("full.jsonl"))
         self.assertEqual((TMP / "full.jsonl").read_bytes(), self.whole)
 
     def test_several_prompts_and_samples(self):
-        call(
-            "caption",
-            *self.options(
-                "many.jsonl",
-                "--prompt",
-                "describe the {class}",
-                "--num-captions",
-                2,
-                "--temperature",
-                1.0,
-                "--limit",
-                3,
-            ),
-        )
-        call(
-            "caption",
-            *self.options(
-                "many2.jsonl",
-                "--prompt",
-                "describe the {class}",
-                "--num-captions",
-                2,
-                "--temperature",
-                1.0,
-                "--limit",
-                3,
-            ),
-        )
-        lines = read_lines(TMP / "many.jsonl")
-        self.assertEqual(
-            [line["prompt"] for line in lines],
-            [PROMPT, PROMPT, "describe the {class}", "describe the {class}"] * 3,
-        )
+        more = "--prompt 'describe the {class}' --num-captions 2 --temperature 1.0 --limit 3"
+        for name in "many", "many2":
+            call(self.line(f"{name}.jsonl", more))
+        prompts = [line["prompt"] for line in read_lines(TMP / "many.jsonl")]
+        self.assertEqual(prompts, [PROMPT, PROMPT, *["describe the {class}"] * 2] * 3)
         self.assertEqual((TMP / "many.jsonl").read_bytes(), (TMP / "many2.jsonl").read_bytes())
-        self.refused(
-            "needs --temperature above 0",
-            "caption",
-            *self.options("many3.jsonl", "--num-captions", 2),
-        )
+        self.refused("needs --temperature above 0", self.line("x.jsonl", "--num-captions 2"))
 
     def test_images_of_all_kinds(self):
         folder = TMP / "zoo" / "thing"
-        folder.mkdir(parents=True)
-        rng = np.random.default_rng(0)
-        rgb = Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8))
-        rgb.convert("L").save(folder / "grey.png")
-        rgb.quantize(8).save(folder / "palette.png", transparency=3)
-        rgb.convert("RGBA").save(folder / "rgba.png")
-        rgb.convert("CMYK").save(folder / "cmyk.jpg")
-        Image.fromarray(rng.integers(0, 65535, (40, 50), np.uint16)).save(folder / "sixteen.png")
-        rgb.save(folder / "two frames.webp", save_all=True, append_images=[rgb.rotate(90)])
-        rgb.save(os.fsencode(folder) + b"/\xff quote' \n line.png")
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        rgb.save(folder / "turned.jpg", exif=exif)
+        good = draw_zoo(folder)
         (folder / "directory.jpg").mkdir()
-        rgb.save(folder / "cut.jpg")
-        (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:500])
+        (folder / "cut.jpg").write_bytes((folder / "turned.jpg").read_bytes()[:500])
         (folder / "noise.jpeg").write_bytes(b"no image at all")
         (folder / "zero.png").write_bytes(b"")
         Image.new("1", (20000, 20000)).save(folder / "bomb.png")
+        bad = {f"thing/{name}" for name in ("cut.jpg", "noise.jpeg", "zero.png", "bomb.png")}
         for workers in 0, 2:
             out = TMP / f"zoo{workers}.jsonl"
-            printed = call(
-                "caption",
-                *self.options(out.name, "--data", TMP / "zoo", "--batch-size", 3, "-j", workers),
-            )
-            self.assertEqual(len(read_lines(out)), 8)
-            failed = {line["image"] for line in read_lines(Path(f"{out}.failed"))}
-            self.assertEqual(
-                failed,
-                {f"thing/{name}" for name in ("cut.jpg", "noise.jpeg", "zero.png", "bomb.png")},
-            )
+            line = self.line(out.name, f"--batch-size 3 -j {workers}", data=TMP / "zoo")
+            printed = call(line)
+            self.assertEqual(len(read_lines(out)), len(good))
+            self.assertEqual({line["image"] for line in read_lines(Path(f"{out}.failed"))}, bad)
             self.assertIn("4 images failed", printed)
         before = out.read_bytes()
-        call("caption", *self.options(out.name, "--data", TMP / "zoo", "--batch-size", 3))
+        call(line)
         self.assertEqual(out.read_bytes(), before)
-        rgb.save(folder / "zero.png")
-        call(
-            "caption",
-            *self.options(out.name, "--data", TMP / "zoo", "--batch-size", 3, "--retry-failed"),
-        )
-        self.assertEqual((len(read_lines(out)), len(read_lines(Path(f"{out}.failed")))), (9, 3))
-        from caption import load_image
-
-        self.assertEqual(load_image(str(folder / "turned.jpg")).size, (40, 50))
-        wide = np.asarray(load_image(str(folder / "sixteen.png")).convert("L")).astype(int)
-        self.assertLess(abs(wide.mean() - 127), 10, "16 bit is scaled, not clipped")
+        shutil.copy(folder / "grey.png", folder / "zero.png")
+        call(f"{line} --retry-failed")
+        self.assertEqual(len(read_lines(out)), len(good) + 1)
+        self.assertEqual(len(read_lines(Path(f"{out}.failed"))), 3)
 
     def test_template_and_class_names(self):
-        template = [
-            "--data",
-            WORLD / "train",
-            "--model",
-            "template",
-            "--prompt",
-            "a photo of a {class}",
-        ]
-        call("caption", *template, "--out", TMP / "template.jsonl")
-        self.assertEqual(
-            read_lines(TMP / "template.jsonl")[0]["caption"], "a photo of a purple cross"
+        template = (
+            f"caption --data {WORLD}/train --model template --prompt 'a photo of a {{class}}'"
         )
-        shutil.copytree(WORLD / "train", TMP / "part")
-        (TMP / "part" / "red_circle").rename(TMP / "part" / "_unlabeled")
-        self.assertIn(
-            "18 captions",
-            call("caption", *template, "--data", TMP / "part", "--out", TMP / "part.jsonl"),
-        )  # the nameless have none
+        call(f"{template} --out {TMP}/template.jsonl")
+        first = read_lines(TMP / "template.jsonl")[0]["caption"]
+        self.assertEqual(first, "a photo of a purple cross")
         self.refused(
-            "have no class to be named",
-            "caption",
-            *self.options("x.jsonl", "--data", TMP / "part", "--prompt", "a {class}"),
+            "other captions", f"{template} --out {TMP}/template.jsonl --prompt 'a {{class}}'"
         )
         names = TMP / "words.txt"
-        names.write_text(
-            "".join(f"{name}\tfancy {i}, other name\n" for i, name in enumerate(CLASSES))
-        )
-        call("caption", *template, "--out", TMP / "named.jsonl", "--class-names", names)
-        self.assertEqual(
-            read_lines(TMP / "named.jsonl")[0]["caption"],
-            f"a photo of a fancy {CLASSES.index('purple_cross')}",
-        )
+        lines = [f"{name}\tfancy {i}, other name\n" for i, name in enumerate(CLASSES)]
+        names.write_text("".join(lines))
+        call(f"{template} --out {TMP}/named.jsonl --class-names {names}")
+        first = read_lines(TMP / "named.jsonl")[0]["caption"]
+        self.assertEqual(first, f"a photo of a fancy {CLASSES.index('purple_cross')}")
         names.write_text("red_circle\tx\n")
-        self.refused(
-            "no name for 3 class folder",
-            "caption",
-            *template,
-            "--out",
-            TMP / "x.jsonl",
-            "--class-names",
-            names,
-        )
-        self.refused(
-            "holds other captions",
-            "caption",
-            *template[:-1],
-            "another {class}",
-            "--out",
-            TMP / "template.jsonl",
-        )
+        template += f" --out {TMP}/x.jsonl"
+        self.refused("no name for 3 class folder", f"{template} --class-names {names}")
+        (TMP / "names.json").write_text('["red circle"]')
+        self.refused("--class-names .*names.json", f"{template} --class-names {TMP}/names.json")
+
+    def test_synset_folders_have_names_only_when_all_are_there(self):
+        for i, name in enumerate(CLASSES[:2]):
+            shutil.copytree(WORLD / "train" / name, TMP / "synset" / f"n0000000{i}")
+        template = f"caption --data {TMP}/synset --model template --prompt 'a {{class}}'"
+        self.refused("pass --class-names", f"{template} --out {TMP}/x.jsonl")
 
     def test_import(self):
         keys = [line["image"] for line in read_lines(CAPTIONS)]
         texts = [f'text number {i},\u2028 "quoted"' for i in range(len(keys))]
-        want = [(key, " ".join(text.split())) for key, text in zip(keys, texts)]
+        want = [(key, " ".join(text.split())) for key, text in zip(keys, texts, strict=True)]
         torch.save(texts, TMP / "published.pth")
         (TMP / "published.txt").write_text("\n".join(texts) + "\n")
+        names = [key.split("/")[1] for key in keys]
+        rows = [("file_name", "caption"), *zip(names, texts, strict=True), ("nowhere.png", "lost")]
         with (TMP / "published.csv").open("w", newline="") as stream:
-            csv.writer(stream).writerows(
-                [
-                    ["file_name", "caption"],
-                    *[(key.split("/")[1], text) for key, text in zip(keys, texts)],
-                    ["nowhere.png", "lost"],
-                ]
-            )
+            csv.writer(stream).writerows(rows)
+        line = f"caption --data {WORLD}/train"
         for ending in "pth", "txt", "csv":
             out = TMP / f"imported-{ending}.jsonl"
-            printed = call(
-                "caption",
-                "--data",
-                WORLD / "train",
-                "--out",
-                out,
-                "--import",
-                TMP / f"published.{ending}",
-            )
-            self.assertEqual(
-                [(line["image"], line["caption"]) for line in read_lines(out)], want, ending
-            )
+            printed = call(f"{line} --out {out} --import {TMP}/published.{ending}")
+            found = [(line["image"], line["caption"]) for line in read_lines(out)]
+            self.assertEqual(found, want, ending)
         self.assertIn("1 of 25 rows", printed)
-        with (TMP / "other.csv").open(
-            "w"
-        ) as stream:  # the same file names in other classes are other images
-            stream.write(
-                f"path,text\n{keys[0]},right\n"
-                + "".join(f"horse/{key.split('/')[1]},wrong\n" for key in keys)
-            )
-        call(
-            "caption",
-            "--data",
-            WORLD / "train",
-            "--out",
-            TMP / "other-classes.jsonl",
-            "--import",
-            TMP / "other.csv",
-        )
-        self.assertEqual(
-            [(line["image"], line["caption"]) for line in read_lines(TMP / "other-classes.jsonl")],
-            [(keys[0], "right")],
-        )
-        with (
-            (TMP / "other.csv").open("w") as stream
-        ):  # another root: matched by class folder and file name, not by the file name alone
-            stream.write(
-                f"path,text\n/elsewhere/{keys[0]},right\nhorse/{keys[1].split('/')[1]},wrong\n"
-            )
-        call(
-            "caption",
-            "--data",
-            WORLD / "train",
-            "--out",
-            TMP / "other-root.jsonl",
-            "--import",
-            TMP / "other.csv",
-        )
-        self.assertEqual(
-            [(line["image"], line["caption"]) for line in read_lines(TMP / "other-root.jsonl")],
-            [(keys[0], "right")],
-        )
+        # the same file names in other classes are other images; another root is the same image
+        others = "".join(f"horse/{name},wrong\n" for name in names)
+        for case, path in ("classes", keys[0]), ("root", f"/elsewhere/{keys[0]}"):
+            (TMP / "other.csv").write_text(f"path,text\n{path},right\n{others}")
+            call(f"{line} --out {TMP}/other-{case}.jsonl --import {TMP}/other.csv")
+            lines = read_lines(TMP / f"other-{case}.jsonl")
+            found = [(line["image"], line["caption"]) for line in lines]
+            self.assertEqual(found, [(keys[0], "right")])
+        line += f" --out {TMP}/x.jsonl"
         torch.save(texts[1:], TMP / "short.pth")
-        self.refused(
-            "23 captions, but --data has 24 images",
-            "caption",
-            "--data",
-            WORLD / "train",
-            "--out",
-            TMP / "x.jsonl",
-            "--import",
-            TMP / "short.pth",
-        )
+        sentence = "23 captions, but --data has 24 images"
+        self.refused(sentence, f"{line} --import {TMP}/short.pth")
         torch.save(Base, TMP / "code.pth")
-        self.refused(
-            "--import",
-            "caption",
-            "--data",
-            WORLD / "train",
-            "--out",
-            TMP / "x.jsonl",
-            "--import",
-            TMP / "code.pth",
-        )
+        self.refused("--import", f"{line} --import {TMP}/code.pth")
 
     def test_refusals(self):
-        (TMP / "hollow" / "full").mkdir(parents=True)
-        (TMP / "hollow" / "empty").mkdir()
-        Image.new("RGB", (8, 8)).save(TMP / "hollow" / "full" / "a.png")
-        self.refused(
-            "no valid file for the classes empty",
-            "caption",
-            *self.options("x.jsonl", "--data", TMP / "hollow"),
-        )
-        self.refused("--data", "caption", *self.options("x.jsonl", "--data", TMP / "nowhere"))
-        self.refused("did you mean .*train", "caption", *self.options("x.jsonl", "--data", WORLD))
-        self.refused(
-            "{clas}.* is not known", "caption", *self.options("x.jsonl", "--prompt", "a {clas}")
-        )
-        self.refused(
-            "no such folder", "caption", *self.options("x.jsonl", "--model", TMP / "nowhere")
-        )
-        self.refused("--model .*cannot load", "caption", *self.options("x.jsonl", "--model", TMP))
+        hollow = TMP / "hollow"
+        for name in "full", "empty":
+            (hollow / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(hollow / "full" / "a.png")
+        self.refused("no valid file for the classes empty", self.line("x.jsonl", data=hollow))
+        self.refused("--data", self.line("x.jsonl", data=TMP / "nowhere"))
+        self.refused("did you mean .*train", self.line("x.jsonl", data=WORLD))
+        self.refused("{clas}.* is not known", self.line("x.jsonl", "--prompt 'a {clas}'"))
+        self.refused("no such folder", self.line("x.jsonl", f"--model {TMP}/nowhere"))
+        self.refused("--model .*cannot load", self.line("x.jsonl", f"--model {TMP}"))
 
     def test_preview(self):
-        call("caption", *self.options("x.jsonl", "--preview", TMP / "sheet.png"))
+        """Of the first images only, if --limit says so; a failed one is named."""
+        data = TMP / "previewed"
+        shutil.copytree(WORLD / "train", data)
+        (data / self.keys[1]).write_bytes(b"nothing")
+        for limit, rows in (24, 3), (3, 1):
+            options = f"--limit {limit} --preview {TMP}/sheet.png"
+            printed = call(self.line("x.jsonl", options, data=data))
+            height = Image.open(TMP / "sheet.png").height
+            self.assertTrue(rows * 256 < height < (rows + 1) * 256)
+        self.assertIn(f"failed: '{self.keys[1]}': UnidentifiedImageError", printed)
         self.assertFalse((TMP / "x.jsonl").exists())
-        self.assertGreater(Image.open(TMP / "sheet.png").height, 3 * 256)
 
 
 def write_two_captions(file: Path, images: int) -> None:
@@ -1376,174 +952,173 @@ def write_two_captions(file: Path, images: int) -> None:
     rng, lines = random.Random(0), []
     for i in range(images):
         color, shape = rng.choice(CLASSES).split("_")
-        size, place, background = (
-            rng.choice(list(SIZES)),
-            rng.choice(list(PLACES)),
-            rng.choice(list(BACKGROUNDS)),
-        )
-        lines += [
-            {"image": f"{i}", "caption": caption_of(color, shape, size, place, background)},
-            {"image": f"{i}", "caption": f"{size} {color} {shape} {place} {background}"},
-        ]
+        size, place, background = (rng.choice(list(x)) for x in (SIZES, PLACES, BACKGROUNDS))
+        long = caption_of(color, shape, size, place, background)
+        short = f"{size} {color} {shape} {place} {background}"
+        lines += [{"image": f"{i}", "caption": caption} for caption in (long, short)]
     write_lines(file, lines)
 
 
 class Embedding(Base):
+    def embed(self, captions: Path, out: str, model: Path, *options) -> str:
+        return call("embed", "--captions", captions, "--out", TMP / out, "--model", model, *options)
+
+    def refuses(self, pattern: str, captions: Path, model: Path, *options) -> None:
+        files = ["--captions", captions, "--out", TMP / "x.npy", "--model", model]
+        self.refused(pattern, "embed", *files, *options)
+
+    def check_kind(self, name: str, model, tokenizer, reference, *options) -> None:
+        """Rows of a model against `reference(token ids [1, T])`, one caption at a time."""
+        captions = ["a red circle", "a", "a large red circle at the top on a black background"]
+        captions.append("blue star")
+        file, out = TMP / "kinds.jsonl", f"kinds-{name}.npy"
+        write_lines(file, [{"image": "x", "caption": caption} for caption in captions])
+        for part in (model.eval(), tokenizer):
+            part.save_pretrained(TMP / f"encoder-{name}")
+        self.embed(file, out, TMP / f"encoder-{name}", "--out-dtype", "float32", *options)
+        for caption, row in zip(captions, np.load(TMP / out), strict=True):
+            prefix = "describe " * (name == "llama")
+            cut = {"truncation": name == "clip", "max_length": 10}
+            ids = torch.tensor([tokenizer(prefix + caption, **cut)["input_ids"]])
+            with torch.inference_mode():
+                want = F.normalize(reference(ids), dim=0).numpy()
+            np.testing.assert_allclose(row, want, atol=2e-5)
+
     def test_kinds_of_encoders(self):
-        """CLIP's projected text features, a decoder's last token, T5's encoder: against transformers, one caption at a time."""
+        """CLIP's projected text features, a decoder's last token, T5's encoder."""
         torch.manual_seed(0)
         tokenizer = tokens("[BOS] $A [EOS]")
+        text_config = text(tokenizer, max_position_embeddings=10)
         clip = tf.CLIPModel(
-            tf.CLIPConfig(
-                text_config=text(tokenizer, max_position_embeddings=10),
-                vision_config=VISION,
-                projection_dim=16,
-            )
+            tf.CLIPConfig(text_config=text_config, vision_config=VISION, projection_dim=16)
         )
-        llama = tf.LlamaModel(LlamaConfig(**text(tokenizer)))
-        t5 = tf.T5Model(
-            tf.T5Config(
-                vocab_size=len(tokenizer),
-                d_model=32,
-                d_kv=8,
-                d_ff=64,
-                num_layers=2,
-                num_heads=4,
-                pad_token_id=0,
-                decoder_start_token_id=0,
-            )
-        )
-        captions = [
-            "a red circle",
-            "a",
-            "a large red circle at the top on a black background",
-            "blue star",
-        ]
-        write_lines(
-            TMP / "kinds.jsonl", [{"image": "x", "caption": caption} for caption in captions]
-        )
-        for name, model, options, reference in (
-            ("clip", clip, [], lambda ids: model.get_text_features(input_ids=ids).pooler_output[0]),
-            (
-                "llama",
-                llama,
-                ["--pooling", "last", "--prefix", "describe "],
-                lambda ids: model(ids).last_hidden_state[0, -1],
-            ),
-            ("t5", t5, [], lambda ids: model.get_encoder()(ids).last_hidden_state[0].mean(0)),
+        llama = tf.LlamaModel(tf.LlamaConfig(**text(tokenizer)))
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+        special = {"pad_token_id": 0, "decoder_start_token_id": 0}
+        t5 = tf.T5Model(tf.T5Config(vocab_size=len(tokenizer), **sizes, **special))
+
+        def features(ids):
+            return clip.get_text_features(input_ids=ids).pooler_output[0]
+
+        def last_token(ids):
+            return llama(ids).last_hidden_state[0, -1]
+
+        def encoder_mean(ids):
+            return t5.get_encoder()(ids).last_hidden_state[0].mean(0)
+
+        with self.subTest("clip"):
+            self.check_kind("clip", clip, tokenizer, features)
+        with self.subTest("llama"):
+            options = ["--pooling", "last", "--prefix", "describe "]
+            self.check_kind("llama", llama, tokenizer, last_token, *options)
+        with self.subTest("t5"):
+            self.check_kind("t5", t5, tokenizer, encoder_mean)
+
+    def test_sentence_transformers_folder(self):
+        """Prompt, lower case, limit, cls pooling and a Dense module, read from the files."""
+        from safetensors.torch import save_file
+
+        folder = TMP / "sentence"
+        shutil.copytree(ENCODER, folder)
+        kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
+        modules = [{"path": path, "type": f"models.{kind}"} for path, kind in kinds.items()]
+        dense = torch.nn.Linear(64, 8)
+        config = {"in_features": 64, "out_features": 8, "bias": True}
+        config["activation_function"] = "torch.nn.modules.activation.Tanh"
+        pooling = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+        files = {
+            "modules.json": modules,
+            "sentence_bert_config.json": {"max_seq_length": 6, "do_lower_case": True},
+            "config_sentence_transformers.json": {
+                "prompts": {"a": "a photo of "},
+                "default_prompt_name": "a",
+            },
+            "1_Pooling/config.json": pooling,
+            "2_Dense/config.json": config,
+        }
+        for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(json.dumps(content))
+        weights = {f"linear.{name}": value for name, value in dense.state_dict().items()}
+        save_file(weights, folder / "2_Dense/model.safetensors")
+        captions = ["A RED circle", "star", "a large red circle at the top"]
+        write_lines(TMP / "st.jsonl", [{"image": "x", "caption": text} for text in captions])
+        self.embed(TMP / "st.jsonl", "st.npy", folder, "--out-dtype", "float32")
+        model = tf.BertModel.from_pretrained(ENCODER, add_pooling_layer=False).eval()
+        tokenizer = tf.PreTrainedTokenizerFast.from_pretrained(ENCODER)
+        for caption, row in zip(captions, np.load(TMP / "st.npy"), strict=True):
+            ids = tokenizer("a photo of " + caption.lower())["input_ids"][:6]
+            with torch.inference_mode():
+                state = model(torch.tensor([ids])).last_hidden_state[0, 0]
+                want = F.normalize(torch.tanh(dense(state)), dim=0)
+            np.testing.assert_allclose(row, want.numpy(), atol=1e-5)
+        for pattern, change in (
+            ("pooling max_tokens is not", {"pooling_mode_max_tokens": True}),
+            ("pooling cls and mean is not", pooling | {"pooling_mode_mean_tokens": True}),
+            ("leaves out the prompt", pooling | {"include_prompt": False}),
         ):
-            with self.subTest(name), torch.inference_mode():
-                for part in model.eval(), tokenizer:
-                    part.save_pretrained(TMP / f"encoder-{name}")
-                call(
-                    "embed",
-                    "--captions",
-                    TMP / "kinds.jsonl",
-                    "--out",
-                    TMP / f"kinds-{name}.npy",
-                    "--model",
-                    TMP / f"encoder-{name}",
-                    "--out-dtype",
-                    "float32",
-                    *options,
-                )
-                for caption, row in zip(captions, np.load(TMP / f"kinds-{name}.npy"), strict=True):
-                    ids = tokenizer(
-                        "describe " * (name == "llama") + caption,
-                        truncation=name == "clip",
-                        max_length=10,
-                    )["input_ids"]
-                    np.testing.assert_allclose(
-                        row, F.normalize(reference(torch.tensor([ids])), dim=0).numpy(), atol=2e-5
-                    )
+            (folder / "1_Pooling/config.json").write_text(json.dumps(change))
+            self.refuses(pattern, TMP / "st.jsonl", folder)
+        (folder / "modules.json").write_text(json.dumps([{"path": "", "type": "models.CNN"}]))
+        self.refuses("module CNN is not", TMP / "st.jsonl", folder)
+
+    def test_the_commit_of_a_hub_model(self):
+        """A branch that moves is another model; the commit is what is loaded and recorded."""
+        hub = TMP / "hub" / "models--toy--encoder"
+        for seed, commit in enumerate(("a" * 40, "b" * 40)):
+            save_text_encoder(hub / "snapshots" / commit, seed=seed)
+        (hub / "refs").mkdir()
+        options = ["--captions", CAPTIONS, "--out", TMP / "hub.npy", "--model", "toy/encoder"]
+        offline = {"HF_HUB_CACHE": str(TMP / "hub"), "HF_HUB_OFFLINE": "1"}
+        for commit in ("a" * 40, "b" * 40):
+            (hub / "refs" / "main").write_text(commit)
+            with unittest.mock.patch.dict(os.environ, offline):
+                self.assertNotIn("nothing to do", shell("embed", *options))
+            self.assertEqual(json.loads((TMP / "hub.json").read_text())["revision"], commit)
+            self.embed(CAPTIONS, "direct.npy", hub / "snapshots" / commit)
+            rows, direct = (np.load(TMP / f"{name}.npy") for name in ("hub", "direct"))
+            self.assertTrue(np.array_equal(rows, direct))
 
     def test_caption_contrastive_tuning(self):
-        write_two_captions(TMP / "pairs.jsonl", 300)
-        for rank in 0, 4:
+        pairs = TMP / "pairs.jsonl"
+        write_two_captions(pairs, 300)
+        options = ["--tune-epochs", 6, "--tune-batch", 32, "--tune-lr", 0.003, "--pooling", "mean"]
+        for rank in (0, 4):
             with self.subTest(rank=rank):
                 save_text_encoder(TMP / "untuned", seed=1)
-                tuned = TMP / f"tuned-{rank}"
-                printed = call(
-                    "embed",
-                    "--captions",
-                    TMP / "pairs.jsonl",
-                    "--out",
-                    TMP / f"tuned-{rank}.npy",
-                    "--model",
-                    TMP / "untuned",
-                    "--tune-epochs",
-                    6,
-                    "--tune-batch",
-                    32,
-                    "--tune-lr",
-                    0.003,
-                    "--lora-rank",
-                    rank,
-                    "--tuned-out",
-                    tuned,
-                    "--pooling",
-                    "mean",
-                )
-                before, after = map(
-                    float, re.search(r"([\d.]+) % before, ([\d.]+) % after", printed).groups()
-                )
+                tuned = ["--tuned-out", TMP / f"tuned-{rank}", "--lora-rank", rank]
+                printed = self.embed(pairs, f"tuned-{rank}.npy", TMP / "untuned", *options, *tuned)
+                found = re.search(r"([\d.]+) % before, ([\d.]+) % after", printed)
+                before, after = map(float, found.groups())
                 self.assertGreater(after, before + 10)
-                call(
-                    "embed",
-                    "--captions",
-                    TMP / "pairs.jsonl",
-                    "--out",
-                    TMP / f"again-{rank}.npy",
-                    "--model",
-                    tuned,
-                )
-                self.assertEqual(
-                    (TMP / f"again-{rank}.npy").read_bytes(),
-                    (TMP / f"tuned-{rank}.npy").read_bytes(),
-                )
+                self.embed(pairs, f"again-{rank}.npy", TMP / f"tuned-{rank}")
+                again, first = (TMP / f"{name}-{rank}.npy" for name in ("again", "tuned"))
+                self.assertEqual(again.read_bytes(), first.read_bytes())
         write_lines(TMP / "single.jsonl", [{"image": f"{i}", "caption": "a"} for i in range(100)])
-        self.refused(
-            "0 of 100 images have them",
-            "embed",
-            "--captions",
-            TMP / "single.jsonl",
-            "--out",
-            TMP / "x.npy",
-            "--model",
-            ENCODER,
-            "--tune-epochs",
-            1,
-        )
+        self.refuses("0 of 100 images have them", TMP / "single.jsonl", ENCODER, "--tune-epochs", 1)
 
     def test_lora_and_contrastive_loss(self):
         import embed
 
-        vectors, texts = (
-            F.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=1),
-            ["a", "b", "c", "d", "a", "b"],
-        )
+        vectors = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+        vectors, texts = F.normalize(vectors, dim=1), ["a", "b", "c", "d", "a", "b"]
         want, v = 0.0, vectors.double().numpy()
         for i in range(6):
             partner = (i + 3) % 6
-            others = [
-                j for j in range(6) if j == partner or texts[j] not in (texts[i], texts[partner])
-            ]
-            want += (
-                math.log(sum(math.exp(v[i] @ v[j] / 0.05) for j in others))
-                - v[i] @ v[partner] / 0.05
-            )
-        self.assertAlmostEqual(
-            embed.caption_contrastive_loss(vectors, texts).item(), want / 6, places=4
-        )
+            others = [partner]
+            others += [j for j in range(6) if texts[j] not in (texts[i], texts[partner])]
+            want += math.log(sum(math.exp(v[i] @ v[j] / 0.05) for j in others))
+            want -= v[i] @ v[partner] / 0.05
+        loss = embed.caption_contrastive_loss(vectors, texts)
+        self.assertAlmostEqual(loss.item(), want / 6, places=4)
         layer = torch.nn.Sequential(torch.nn.Linear(5, 3))
         x, weight = torch.randn(2, 5), layer[0].weight.detach().clone()
         before = layer(x)
         lora = embed.add_lora(layer, 2)[0].parametrizations.weight[0]
         torch.testing.assert_close(layer(x), before)  # B starts at zero
         layer(x).square().sum().backward()
-        full = torch.autograd.grad(
-            (x @ (w := weight.clone().requires_grad_()).T + layer[0].bias).square().sum(), w
-        )[0]
+        w = weight.clone().requires_grad_()
+        full = torch.autograd.grad((x @ w.T + layer[0].bias).square().sum(), w)[0]
         torch.testing.assert_close(lora.b.grad, 2 * full @ lora.a.T)  # d/dB of f(W + 2 B A)
         self.assertEqual(
             [name for name, p in layer.named_parameters() if p.requires_grad],
@@ -1557,36 +1132,17 @@ class Embedding(Base):
 
     def test_rows_against_plain_transformers(self):
         file = TMP / "odd.jsonl"
-        texts = [
-            "a red circle",
-            "",
-            "a",
-            "star " * 200,
-            "a large red circle at the top on a black background",
-            "a red circle",
-            "ünknown 漢字",
-        ]
+        texts = ["a red circle", "", "a", "star " * 200]
+        texts += ["a large red circle at the top on a black background", "a red circle"]
+        texts += ["ünknown 漢字"]
         write_lines(file, [{"image": "x", "caption": text} for text in texts])
-        printed = call(
-            "embed",
-            "--captions",
-            file,
-            "--out",
-            TMP / "odd.npy",
-            "--model",
-            ENCODER,
-            "--out-dtype",
-            "float32",
-            "--batch-tokens",
-            30,
-        )
+        options = ["--out-dtype", "float32", "--batch-tokens", 30]
+        printed = self.embed(file, "odd.npy", ENCODER, *options)
         self.assertIn("6 different captions", printed)
         self.assertIn("1 captions were cut at 64 tokens, by 136 at the median", printed)
-        model, tokenizer = (
-            BertModel.from_pretrained(ENCODER, add_pooling_layer=False).eval(),
-            PreTrainedTokenizerFast.from_pretrained(ENCODER),
-        )
-        for text, row in zip(texts, np.load(TMP / "odd.npy")):
+        model = tf.BertModel.from_pretrained(ENCODER, add_pooling_layer=False).eval()
+        tokenizer = tf.PreTrainedTokenizerFast.from_pretrained(ENCODER)
+        for text, row in zip(texts, np.load(TMP / "odd.npy"), strict=True):
             ids = torch.tensor([tokenizer(text)["input_ids"][:64]], dtype=torch.long)
             if ids.numel():
                 with torch.inference_mode():
@@ -1595,47 +1151,21 @@ class Embedding(Base):
 
     def test_killed_and_restarted(self):
         file, rng = TMP / "long.jsonl", random.Random(0)
-        write_lines(
-            file,
-            [
-                {
-                    "image": "x",
-                    "caption": " ".join(rng.choices(list(COLORS) + SHAPES, k=rng.randint(1, 50))),
-                }
-                for _ in range(20000)
-            ],
-        )
-        call(
-            "embed",
-            "--captions",
-            file,
-            "--out",
-            TMP / "whole.npy",
-            "--model",
-            ENCODER,
-            "--batch-tokens",
-            500,
-        )
-        done = TMP / "killed.npy.tmp.done"
-        options = [
-            "--captions",
-            file,
-            "--out",
-            TMP / "killed.npy",
-            "--model",
-            ENCODER,
-            "--batch-tokens",
-            500,
-        ]
+        words = list(COLORS) + SHAPES
+        captions = [" ".join(rng.choices(words, k=rng.randint(1, 50))) for _ in range(20000)]
+        write_lines(file, [{"image": "x", "caption": caption} for caption in captions])
+        self.embed(file, "whole.npy", ENCODER, "--batch-tokens", 500)
+        done, out = TMP / "killed.npy.tmp.done", TMP / "killed.npy"
+        options = ["--captions", file, "--out", out, "--model", ENCODER, "--batch-tokens", 500]
         kill_when(lambda: done.exists() and any(done.read_bytes()), "embed", *options)
-        self.assertFalse((TMP / "killed.npy").exists())
+        self.assertFalse(out.exists())
         self.assertFalse(all(done.read_bytes()))
         rows = np.lib.format.open_memmap(TMP / "killed.npy.tmp", "r+")
         finished = int(np.flatnonzero(rows.any(1))[0])
         rows[finished] *= -1  # a mark: what was done is not done again
         del rows
         shell("embed", *options, processes=2)
-        found, want = np.load(TMP / "killed.npy"), np.load(TMP / "whole.npy")
+        found, want = np.load(out), np.load(TMP / "whole.npy")
         self.assertTrue(np.array_equal(found[finished], -want[finished]))
         found[finished] *= -1
         self.assertTrue(np.array_equal(found, want))
@@ -1645,148 +1175,85 @@ class Embedding(Base):
     def test_refusals(self):
         bad = TMP / "bad.jsonl"
         bad.write_text('{"image": "a", "caption": "b"}\n{"image": "a"}\n')
-        self.refused(
-            "line 2", "embed", "--captions", bad, "--out", TMP / "x.npy", "--model", ENCODER
-        )
-        self.refused(
-            "No such file",
-            "embed",
-            "--captions",
-            TMP / "nowhere.jsonl",
-            "--out",
-            TMP / "x.npy",
-            "--model",
-            ENCODER,
-        )
-        self.refused(
-            "no such folder",
-            "embed",
-            "--captions",
-            CAPTIONS,
-            "--out",
-            TMP / "x.npy",
-            "--model",
-            TMP / "nowhere",
-        )
-        self.refused(
-            "cannot load", "embed", "--captions", CAPTIONS, "--out", TMP / "x.npy", "--model", TMP
-        )
+        self.refuses("line 2", bad, ENCODER)
+        self.refuses("No such file", TMP / "nowhere.jsonl", ENCODER)
+        self.refuses("no such folder", CAPTIONS, TMP / "nowhere")
+        self.refuses("cannot load", CAPTIONS, TMP)
         bad.write_text("")
-        self.refused(
-            "is empty", "embed", "--captions", bad, "--out", TMP / "x.npy", "--model", ENCODER
-        )
+        self.refuses("is empty", bad, ENCODER)
+        with unittest.mock.patch("embed.AutoTokenizer.from_pretrained", side_effect=OSError):
+            self.refuses("cannot load it: OSError", CAPTIONS, ENCODER)  # an error without a text
+
+    def test_full_disk(self):
+        """Before there are rows, nothing can be gone on with."""
+        options = ["--captions", CAPTIONS, "--out", TMP / "full.npy", "--model", ENCODER]
+        self.fills_the_disk(200, "^OSError: .*File too large$", "embed", *options)
+
+    def test_numbered_gpu_becomes_the_current_one(self):
+        with (
+            unittest.mock.patch("torch.cuda.is_available", return_value=True),
+            unittest.mock.patch("torch.cuda.set_device", side_effect=SystemExit("set")) as chosen,
+        ):
+            self.refuses("set", CAPTIONS, ENCODER, "--device", "cuda:1")
+        chosen.assert_called_once_with("cuda:1")
 
 
-def loop_loss(kind, images, texts, has, temperature, mixing=None, labels=None) -> float:
+def loop_loss(kind: str, images, texts, has: list[bool], temperature: float) -> float:
     """The alignment losses once more, in loops over float64, from their formulas."""
-    i, t, n = images.double().numpy(), texts.double().numpy(), len(images)
-    mixing = np.eye(n) if mixing is None else mixing.double().numpy()
+    i, t = images.double().numpy(), texts.double().numpy()
+    described = [n for n in range(len(i)) if has[n]]
     if kind == "cosine":
-        terms = [(mixing[a, b], 2 - 2 * i[a] @ t[b]) for a in range(n) for b in range(n) if has[b]]
-        return sum(m * x for m, x in terms) / sum(m for m, _ in terms)
-    suits = [
-        [
-            has[a]
-            and has[b]
-            and (a == b or (labels is not None and labels[a] >= 0 and labels[a] == labels[b]))
-            for b in range(n)
-        ]
-        for a in range(n)
-    ]
-    total = mass = 0.0
-    for a in range(n):  # image -> text
-        denominator = math.log(sum(math.exp(i[a] @ t[b] / temperature) for b in range(n) if has[b]))
-        for own in range(n):
-            for b in range(n):
-                if suits[own][b]:
-                    share = mixing[a, own] / sum(suits[own])
-                    total, mass = (
-                        total + share * (denominator - i[a] @ t[b] / temperature),
-                        mass + share,
-                    )
-    forward = total / mass
+        return float(np.mean([2 - 2 * i[n] @ t[n] for n in described]))
+
+    def info_nce(queries, keys) -> float:
+        terms = []
+        for n in described:
+            scores = {m: queries[n] @ keys[m] / temperature for m in described}
+            terms.append(math.log(sum(math.exp(score) for score in scores.values())) - scores[n])
+        return float(np.mean(terms))
+
     if kind == "infonce":
-        return forward
-    total = mass = 0.0
-    shows = [sum(mixing[a, b] for b in range(n) if has[b]) > 0 for a in range(n)]
-    for b in range(n):  # text -> image
-        if has[b]:
-            share = np.array(
-                [sum(mixing[a, own] for own in range(n) if suits[own][b]) for a in range(n)]
-            )
-            denominator = math.log(
-                sum(math.exp(i[a] @ t[b] / temperature) for a in range(n) if shows[a])
-            )
-            total += sum(
-                share[a] / share.sum() * (denominator - i[a] @ t[b] / temperature)
-                for a in range(n)
-                if share[a]
-            )
-            mass += 1
-    return (forward + total / mass) / 2
+        return info_nce(i, t)
+    return (info_nce(i, t) + info_nce(t, i)) / 2
 
 
 def loss_cases(n: int, seed: int = 0):
-    """(name, kwargs) for all losses, with and without mixing, missing texts and class targets. `n` images of one process."""
+    """(name, arguments, lam) of all losses, with and without mixing and missing texts."""
     generator = torch.Generator().manual_seed(seed)
     images, texts = (F.normalize(torch.randn(n, 5, generator=generator), dim=1) for _ in range(2))
-    has = torch.rand(n, generator=generator) < 0.8
-    has[0] = True
-    labels = torch.randint(-1, 3, (n,), generator=generator)
-    mixing = 0.7 * torch.eye(n) + 0.3 * torch.eye(n).roll(1, 0)
+    some = torch.rand(n, generator=generator) < 0.8
+    some[0] = True
     for kind in "cosine", "infonce", "clip":
-        for missing in False, True:
-            for mixed in False, True:
-                for by_class in (False, True) if kind != "cosine" else (False,):
-                    yield (
-                        f"{kind} missing={missing} mixed={mixed} class={by_class}",
-                        dict(
-                            kind=kind,
-                            images=images,
-                            texts=texts,
-                            has_text=has if missing else torch.ones(n, dtype=torch.bool),
-                            temperature=0.3,
-                            mixing=mixing if mixed else None,
-                            labels=labels if by_class else None,
-                        ),
-                    )
+        for has in torch.ones(n, dtype=torch.bool), some:
+            for lam in 1.0, 0.7:
+                name = f"{kind}, {int(has.sum())} texts, lam {lam}"
+                yield name, {"kind": kind, "images": images, "texts": texts, "has_text": has}, lam
 
 
 def gradients_of_rank(rank: int, world: int, n: int, folder: str) -> None:
-    """What DDP leaves behind on one of `world` processes: gradients of a linear map of the images, averaged."""
+    """What DDP leaves behind on one of `world` processes: gradients of a linear map of the images,
+    averaged. Images are mixed within a process: the single process takes the same blocks."""
     import train
 
     torch.set_num_threads(1)
     if world > 1:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/store-{world}", rank=rank, world_size=world
-        )
-    rows, found = slice(rank * n // world, (rank + 1) * n // world), {}
-    for name, case in loss_cases(n):
-        if (
-            case["mixing"] is not None
-        ):  # mixing stays within a process: the same blocks for the single process
-            block = n // 4
-            small = 0.7 * torch.eye(block) + 0.3 * torch.eye(block).roll(1, 0)
-            case["mixing"] = torch.block_diag(*[small] * 4)[rows, rows]
+        store = f"file://{folder}/store-{world}"
+        torch.distributed.init_process_group("gloo", store, rank=rank, world_size=world)
+    found, block = {}, n // 4
+    rows = slice(rank * n // world, (rank + 1) * n // world)
+    labels = torch.randint(-1, 5, (n,), generator=torch.Generator().manual_seed(1))
+
+    def partners(loss, lam: float, *targets):
+        flipped = [torch.cat([x.flip(0) for x in target.split(block)]) for target in targets]
+        return lam * loss(*targets) + (1 - lam) * loss(*flipped)
+
+    for name, case, lam in loss_cases(n):
         weight = torch.eye(5, requires_grad=True)
-        labels = case["labels"]
-        loss = train.alignment_loss(
-            case["kind"],
-            F.normalize(case["images"][rows] @ weight, dim=1),
-            case["texts"][rows],
-            case["has_text"][rows],
-            0.3,
-            case["mixing"],
-            labels[rows] if labels is not None else None,
-        )
+        features = F.normalize(case["images"][rows] @ weight, dim=1)
+        align = functools.partial(train.alignment_loss, case["kind"], features, temperature=0.3)
+        loss = partners(align, lam, case["texts"][rows], case["has_text"][rows])
         logits = case["images"][rows] @ weight
-        loss = loss + train.cross_entropy(
-            logits,
-            (labels if labels is not None else torch.arange(n) % 5)[rows],
-            case["mixing"],
-            0.1,
-        )
+        loss += partners(lambda y, x=logits: train.cross_entropy(x, y, 0.1), lam, labels[rows])
         loss.backward()
         if world > 1:
             torch.distributed.all_reduce(weight.grad)
@@ -1799,443 +1266,408 @@ def gradients_of_rank(rank: int, world: int, n: int, folder: str) -> None:
 
 class Losses(Base):
     def test_alignment_against_loops(self):
-        from train import alignment_loss
+        from train import alignment_loss, mixed
 
-        for name, case in loss_cases(6):
+        for name, case, lam in loss_cases(6):
             with self.subTest(name):
-                want = loop_loss(
-                    case["kind"],
-                    case["images"],
-                    case["texts"],
-                    case["has_text"].tolist(),
-                    case["temperature"],
-                    case["mixing"],
-                    case["labels"].tolist() if case["labels"] is not None else None,
+                texts, has = case["texts"], case["has_text"]
+                align = functools.partial(
+                    alignment_loss, case["kind"], case["images"], temperature=0.3
                 )
-                self.assertAlmostEqual(alignment_loss(**case).item(), want, places=5)
+                found = mixed(align, lam, texts, has).item()
+                own = loop_loss(case["kind"], case["images"], texts, has.tolist(), 0.3)
+                flipped = texts.flip(0), has.flip(0).tolist()
+                partner = loop_loss(case["kind"], case["images"], *flipped, 0.3)
+                self.assertAlmostEqual(found, lam * own + (1 - lam) * partner, places=5)
 
     def test_missing_texts_equal_the_smaller_batch(self):
         from train import alignment_loss
 
-        for name, case in loss_cases(6):
-            if case["mixing"] is None and case["labels"] is None and not case["has_text"].all():
-                kept = case["has_text"]
-                smaller = case | dict(
-                    images=case["images"][kept], texts=case["texts"][kept], has_text=kept[kept]
-                )
-                self.assertAlmostEqual(
-                    alignment_loss(**case).item(),
-                    alignment_loss(**smaller).item(),
-                    places=5,
-                    msg=name,
-                )
+        for name, case, _ in loss_cases(6):
+            kept = case["has_text"]
+            smaller = {"images": case["images"][kept], "texts": case["texts"][kept]}
+            smaller = case | smaller | {"has_text": kept[kept]}
+            found, want = alignment_loss(**case).item(), alignment_loss(**smaller).item()
+            self.assertAlmostEqual(found, want, places=5, msg=name)
 
     def test_cross_entropy_against_torch(self):
-        from train import cross_entropy
+        from train import cross_entropy, mixed
 
-        logits, labels = (
-            torch.randn(6, 4, generator=torch.Generator().manual_seed(0)),
-            torch.tensor([0, 3, -1, 2, 1, -1]),
-        )
+        logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+        labels = torch.tensor([0, 3, -1, 2, 1, -1])
         for smoothing in 0.0, 0.1:
-            self.assertAlmostEqual(
-                cross_entropy(logits, labels, None, smoothing).item(),
-                F.cross_entropy(logits, labels, ignore_index=-1, label_smoothing=smoothing).item(),
-                places=5,
-            )
-        mixing, whole = 0.7 * torch.eye(6) + 0.3 * torch.eye(6).roll(1, 0), labels.clamp(min=0)
-        want = 0.7 * F.cross_entropy(logits, whole, reduction="none") + 0.3 * F.cross_entropy(
-            logits, whole.roll(1), reduction="none"
-        )
-        self.assertAlmostEqual(
-            cross_entropy(logits, whole, mixing).item(), want.mean().item(), places=5
-        )
+            found = cross_entropy(logits, labels, smoothing)
+            want = F.cross_entropy(logits, labels, ignore_index=-1, label_smoothing=smoothing)
+            self.assertAlmostEqual(found.item(), want.item(), places=5)
+        labels = labels.clamp(min=0)
+        found = mixed(lambda y: cross_entropy(logits, y), 0.7, labels)
+        soft = 0.7 * F.one_hot(labels, 4) + 0.3 * F.one_hot(labels.flip(0), 4)
+        self.assertAlmostEqual(found.item(), F.cross_entropy(logits, soft).item(), places=5)
+
+    def test_mixed_images(self):
+        """Mixup adds the partner with 1 - lam, CutMix pastes a box of it of that share."""
+        import train
+
+        images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 20, 20).contiguous()
+        shares = []
+        for mixup, cutmix in (0.8, 0.0), (0.0, 1.0), (0.8, 1.0), (0.0, 0.0):
+            args = types.SimpleNamespace(mixup=mixup, cutmix=cutmix)
+            for seed in range(20):
+                mixed, lam = train.mix_images(images, args, np.random.default_rng(seed))
+                want = lam * images.mean((1, 2, 3)) + (1 - lam) * images.flip(0).mean((1, 2, 3))
+                torch.testing.assert_close(mixed.mean((1, 2, 3)), want)
+                if not cutmix:
+                    self.assertEqual(mixed[0].unique().numel(), 1)
+                elif not mixup:
+                    self.assertTrue(set(mixed[0].unique().tolist()) <= {0.0, 3.0})
+                shares.append(lam)
+        self.assertEqual(shares[-20:], [1.0] * 20)
+        self.assertGreater(len(set(shares[:60])), 30)
 
     def test_gradients_do_not_depend_on_the_number_of_processes(self):
-        for world in 1, 2, 4:
-            if world == 1:
-                gradients_of_rank(0, 1, 16, str(TMP))
-            else:
-                torch.multiprocessing.spawn(gradients_of_rank, (world, 16, str(TMP)), nprocs=world)
+        gradients_of_rank(0, 1, 16, str(TMP))
+        for world in 2, 4:
+            torch.multiprocessing.spawn(gradients_of_rank, (world, 16, str(TMP)), nprocs=world)
         single = torch.load(TMP / "gradients-1.pt", weights_only=True)
         for world in 2, 4:
-            for name, gradient in torch.load(
-                TMP / f"gradients-{world}.pt", weights_only=True
-            ).items():
-                torch.testing.assert_close(
-                    gradient,
-                    single[name],
-                    rtol=1e-4,
-                    atol=1e-6,
-                    msg=lambda m: f"{world} processes, {name}: {m}",
-                )
-                self.assertGreater(single[name].abs().max(), 1e-3)
+            gradients = torch.load(TMP / f"gradients-{world}.pt", weights_only=True)
+            for name, gradient in gradients.items():
+                with self.subTest(f"{world} processes, {name}"):
+                    torch.testing.assert_close(gradient, single[name], rtol=1e-4, atol=1e-6)
+                    self.assertGreater(single[name].abs().max(), 1e-3)
+
+
+def train_line(out: str, more: str = "", text: bool = True, data: Path | None = None) -> str:
+    """train.py's command line: two epochs of a SqueezeNet at 32 pixels."""
+    line = f"train --data {data or WORLD} --out {TMP / out} --arch squeezenet1_1 --input-size 32"
+    line += " --epochs 2 -b 8 --lr 0.01 -j 0 --device cpu"
+    if text:
+        line += f" --captions {CAPTIONS} --embeddings {EMBEDDINGS} --align-weight 1"
+    return f"{line} {more}"
+
+
+def weights_of(run: str) -> dict[str, torch.Tensor]:
+    return torch.load(TMP / run / "last.pt", weights_only=True)["model"]
 
 
 class Training(Base):
+    def same_weights(self, a: str, b: str, **tolerance) -> None:
+        for (name, x), y in zip(weights_of(a).items(), weights_of(b).values(), strict=True):
+            if tolerance:
+                torch.testing.assert_close(x, y, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            else:
+                self.assertTrue(torch.equal(x, y), name)
+
     def test_augmentation_gives_the_pixels_of_torchvision(self):
         import train
 
-        image, flipped = torch.randint(0, 256, (3, 90, 120), dtype=torch.uint8), 0
+        image = torch.randint(0, 256, (3, 90, 120), dtype=torch.uint8)
+        flipped = 0
         for seed in range(20):
-            for interpolation in (
-                torchvision.transforms.InterpolationMode.BILINEAR,
-                torchvision.transforms.InterpolationMode.BICUBIC,
-            ):
+            for mode in "bilinear", "bicubic":
+                interpolation = torchvision.transforms.InterpolationMode(mode)
                 torch.manual_seed(seed)
                 ours = train.FlippedCrop(32, interpolation=interpolation)(image)
                 torch.manual_seed(seed)
-                want = torchvision.transforms.v2.RandomResizedCrop(
-                    32, interpolation=interpolation, antialias=True
-                )(image)
+                crop = torchvision.transforms.v2.RandomResizedCrop
+                want = crop(32, interpolation=interpolation, antialias=True)(image)
                 flip = bool(torch.rand(()) < 0.5)
                 flipped += flip
                 self.assertTrue(torch.equal(ours, want.flip(2) if flip else want))
         self.assertIn(flipped, range(10, 31))
 
+    def test_images_of_all_kinds_are_trained_on_as_they_were_described(self):
+        """With torchvision's decoder and without it, what read_image() gives is what caption.py's
+        load_image() gives: upright, 16 bit scaled, transparency on white."""
+        import caption
+        import train
+
+        folder = TMP / "read" / "thing"
+        names = draw_zoo(folder)
+        shutil.copy(folder / "grey.png", folder / "a PNG.jpg")
+        rgb = Image.open(folder / "turned.jpg")
+        rgb.save(folder / "plain.jpeg")
+        rgb.convert("L").save(folder / "grey.JPG")
+        names += ["a PNG.jpg", "plain.jpeg", "grey.JPG"]
+        for decoder in train.decode_jpeg, None:
+            with unittest.mock.patch.object(train, "decode_jpeg", decoder):
+                for name in names:
+                    want = np.asarray(caption.load_image(os.path.join(folder, name)))
+                    found = train.read_image(os.path.join(folder, name)).permute(1, 2, 0)
+                    np.testing.assert_array_equal(found.numpy(), want, name)
+        wide = np.asarray(train.load_image(folder / "sixteen.png")).astype(int)
+        self.assertLess(abs(wide.mean() - 127), 10, "16 bit is scaled, not clipped")
+        self.assertEqual(train.load_image(folder / "turned.jpg").size, (40, 50))
+
     def test_recipes(self):
         for recipe in "resnet", "deit", "finetune":
             with self.subTest(recipe):
-                call(
-                    "train",
-                    *train_options(
-                        f"recipe-{recipe}",
-                        "--recipe",
-                        recipe,
-                        "--no-pretrained",
-                        "--drop-path",
-                        0,
-                        "--warmup-epochs",
-                        1,
-                    ),
-                )
-                for entry in read_lines(TMP / f"recipe-{recipe}" / "log.jsonl")[1:]:
-                    self.assertEqual(
-                        (entry["unreadable"], math.isfinite(entry["loss_align"])), (0, True)
-                    )
+                options = f"--recipe {recipe} --no-pretrained --drop-path 0 --warmup-epochs 1"
+                call(train_line(f"recipe-{recipe}", options))
+                config, *epochs = read_lines(TMP / f"recipe-{recipe}" / "log.jsonl")
+                self.assertEqual(config["config"]["mixup"], 0.8 if recipe == "deit" else 0.0)
+                self.assertEqual(config["config"]["align_weight"], 1)  # the user's options win
+                for entry in epochs:
+                    self.assertEqual(entry["unreadable"], 0)
+                    self.assertTrue(math.isfinite(entry["loss_align"]))
+
+    def test_schedule(self):
+        """That of torch's own schedulers."""
+        import train
+
+        args = types.SimpleNamespace(lr=0.5, min_lr=0.01, warmup_lr=0.1, warmup_epochs=3, epochs=10)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], args.lr)
+        kinds = torch.optim.lr_scheduler
+        warmup = kinds.LinearLR(optimizer, args.warmup_lr / args.lr, total_iters=3)
+        cosine = kinds.CosineAnnealingLR(optimizer, 7, eta_min=args.min_lr)
+        schedule = kinds.SequentialLR(optimizer, [warmup, cosine], [3])
+        for epoch in range(args.epochs):
+            want = optimizer.param_groups[0]["lr"]
+            self.assertAlmostEqual(train.learning_rate(args, epoch), want, places=9)
+            optimizer.step()
+            schedule.step()
 
     def test_resume_gives_the_uninterrupted_weights(self):
-        more = [
-            "--epochs",
-            4,
-            "--mixup",
-            0.5,
-            "--ema-decay",
-            0.9,
-            "--warmup-epochs",
-            1,
-            "--randaugment",
-            9,
-            "-j",
-            1,
-        ]
+        more = "--epochs 4 --mixup 0.5 --ema-decay 0.9 --warmup-epochs 1 --randaugment 9 -j 1"
         log = TMP / "resumed" / "log.jsonl"
-        kill_when(lambda: lines_in(log) >= 3, "train", *train_options("resumed", *more))
-        self.refused("--resume", "train", *train_options("resumed", *more))
-        shell("train", *train_options("resumed", *more, "--resume"))
-        shell("train", *train_options("straight", *more, "--resume"))  # nothing to resume: starts
+        kill_when(lambda: lines_in(log) >= 3, train_line("resumed", more))
+        self.refused("--resume", train_line("resumed", f"{more} -j 0"))
+        shell(train_line("resumed", f"{more} --resume"))
+        shell(train_line("straight", f"{more} --resume"))  # nothing to resume: starts
         self.same_weights("resumed", "straight")
-        self.assertEqual([entry.get("epoch") for entry in read_lines(log)], [None, 1, 2, 3, 4])
-        self.assertEqual(
-            [entry.get("loss_ce") for entry in read_lines(log)],
-            [entry.get("loss_ce") for entry in read_lines(TMP / "straight" / "log.jsonl")],
-        )
+        resumed, straight = read_lines(log), read_lines(TMP / "straight" / "log.jsonl")
+        self.assertEqual([entry.get("epoch") for entry in resumed], [None, 1, 2, 3, 4])
+        losses = [[entry.get("loss_ce") for entry in entries] for entries in (resumed, straight)]
+        self.assertEqual(*losses)
         self.refused(
-            "settings differ.*lr",
-            "train",
-            *train_options("resumed", *more, "--resume", "--lr", 0.02),
+            "settings differ.*lr", train_line("resumed", f"{more} --resume --lr 0.02 -j 0")
         )
         shutil.copytree(WORLD, TMP / "fewer")
         next((TMP / "fewer" / "train").rglob("*.png")).unlink()
+        line = train_line("resumed", f"{more} --resume -j 0", data=TMP / "fewer")
+        self.refused("settings differ.*images 24 .* -> 23 ", line)
+        call(train_line("elsewhere", f"{more} -j 0 --resume {TMP}/resumed/last.pt"))
         self.refused(
-            "settings differ.*images 24 .* -> 23 ",
-            "train",
-            *train_options("resumed", *more, "--resume", "--data", TMP / "fewer"),
+            "not a last.pt", train_line("x", f"{more} -j 0 --resume {TMP}/resumed/best.pt")
         )
-        call("train", *train_options("elsewhere", *more, "--resume", TMP / "resumed" / "last.pt"))
 
     def test_full_disk(self):
-        self.fills_the_disk(
-            1_000_000,
-            "full/best.pt: cannot be written, is the disk full.*what was saved stays: start again with --resume",
-            "train",
-            *train_options("full", "--epochs", 1),
-        )
+        sentence = "full/best.pt: cannot be written, is the disk full.*"
+        sentence += "what was saved stays: start again with --resume"
+        self.fills_the_disk(1_000_000, sentence, train_line("full", "--epochs 1"))
         self.assertFalse((TMP / "full" / "last.pt").exists())
-        call("train", *train_options("full", "--epochs", 1, "--resume"))
+        call(train_line("full", "--epochs 1 --resume"))
 
     def test_two_processes_give_the_weights_of_one(self):
-        """squeezenet has no batch norm; its dropout is the one thing that differs: switched off."""
-        more = ["--epochs", 2, "--seed", 3]
-        code = f"import torch, runpy, sys; torch.nn.functional.dropout = lambda x, *a, **k: x; sys.argv[0] = {str(HERE / 'train.py')!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+        """squeezenet has no batch norm; its dropout is the one thing that differs: switched off.
+        Mixing is of the same pairs only if a batch is of one process."""
+        script = str(HERE / "train.py")
+        code = f"""import runpy, sys, torch
+torch.nn.functional.dropout = lambda x, *args, **options: x
+sys.argv[0] = {script!r}
+runpy.run_path({script!r}, run_name="__main__")"""
         (TMP / "no_dropout.py").write_text(code)
         for processes, batch in (1, 8), (2, 4):
-            line = command(
-                "train",
-                *train_options(f"world{processes}", *more, "-b", batch),
-                processes=processes,
-            )
-            line[line.index(str(HERE / "train.py"))] = str(TMP / "no_dropout.py")
-            subprocess.run(
-                line, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
+            line = train_line(f"world{processes}", f"--seed 3 -b {batch} -j 1")
+            words = command(line, processes=processes)
+            words[words.index(script)] = str(TMP / "no_dropout.py")
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run(words, check=True, capture_output=True, env=environment)
         self.same_weights("world1", "world2", rtol=1e-3, atol=1e-5)
-        self.assertFalse(
-            torch.equal(
-                weights_of("world1")["classifier.1.weight"],
-                torchvision.models.squeezenet1_1(num_classes=4).state_dict()["classifier.1.weight"],
-            )
-        )
+        random = torchvision.models.squeezenet1_1(num_classes=4).state_dict()["classifier.1.weight"]
+        self.assertFalse(torch.equal(weights_of("world1")["classifier.1.weight"], random))
 
     def test_autocast(self):
         for amp in "bfloat16", "float16":
-            call("train", *train_options(amp, "--amp", amp, "--epochs", 1))
-            self.assertTrue(
-                all(
-                    value.dtype == torch.float32 and value.isfinite().all()
-                    for value in weights_of(amp).values()
-                )
-            )
-        self.assertIn("scale", torch.load(TMP / "float16" / "last.pt", weights_only=True)["scaler"])
+            call(train_line(amp, f"--amp {amp} --epochs 1"))
+            for value in weights_of(amp).values():
+                self.assertTrue(value.dtype == torch.float32 and value.isfinite().all())
+        state = torch.load(TMP / "float16" / "last.pt", weights_only=True)
+        self.assertIn("scale", state["scaler"])
 
     def test_architectures(self):
-        for arch, size in (
-            ("mobilenet_v3_small", 32),
-            ("googlenet", 64),
-            ("vit_b_16", 32),
-            ("shufflenet_v2_x0_5", 32),
-        ):
+        sizes = {
+            "mobilenet_v3_small": 32,
+            "googlenet": 64,
+            "vit_b_16": 32,
+            "shufflenet_v2_x0_5": 32,
+        }
+        for arch, size in sizes.items():
             with self.subTest(arch):
-                call(
-                    "train",
-                    *train_options(
-                        f"arch-{arch}",
-                        "--arch",
-                        arch,
-                        "--input-size",
-                        size,
-                        "--epochs",
-                        1,
-                        "--ema-decay",
-                        0.5,
-                    ),
-                )
+                options = f"--arch {arch} --input-size {size} --epochs 1 --ema-decay 0.5"
+                call(train_line(f"arch-{arch}", options))
                 state = torch.load(TMP / f"arch-{arch}" / "last.pt", weights_only=True)
-                counters = [
-                    name for name, value in state["model"].items() if not value.is_floating_point()
-                ]
-                self.assertEqual(
-                    [state["ema"][name] for name in counters],
-                    [state["model"][name] for name in counters],
-                    "integers are not averaged",
-                )
-                torchvision.models.get_model(
+                ema, weights = state["ema"], state["model"]
+                for name, value in weights.items():
+                    if not value.is_floating_point():
+                        self.assertEqual(ema[name], value, "integers are not averaged")
+                model = torchvision.models.get_model(
                     arch, num_classes=4, **state["rebuild"]["kwargs"]
-                ).load_state_dict(state["model"], strict=True)
-                self.assertIn(
-                    "| 20 |",
-                    call(
-                        "evaluate",
-                        "--data",
-                        WORLD / "val",
-                        TMP / f"arch-{arch}" / "last.pt",
-                        "-j",
-                        0,
-                        "--device",
-                        "cpu",
-                    ),
                 )
+                model.load_state_dict(weights, strict=True)
+                line = f"evaluate --data {WORLD}/val {TMP}/arch-{arch}/last.pt -j 0 --device cpu"
+                self.assertIn("| 20 |", call(line))
+
+    def test_a_folder_does_not_hide_an_architecture(self):
+        with contextlib.chdir(TMP):
+            (TMP / "squeezenet1_1").mkdir()
+            call(train_line("hidden", "--epochs 1"))
 
     def test_transformers_architectures(self):
-        hiera = tf.HieraForImageClassification(
-            tf.HieraConfig(
-                embed_dim=16, image_size=[64, 64], depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8]
-            )
-        )
-        convnext = tf.ConvNextV2ForImageClassification(
-            tf.ConvNextV2Config(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], image_size=64)
-        )
-        swin = tf.Swinv2ForImageClassification(
-            tf.Swinv2Config(
-                image_size=64, embed_dim=12, depths=[1, 1], num_heads=[1, 2], window_size=4
-            )
-        )
-        for name, model in ("hiera", hiera), ("convnext", convnext), ("swin", swin):
+        """At the size that the configuration states, CLIP's and SigLIP's in their vision_config."""
+        four = {"depths": [1, 1, 1, 1], "image_size": [64, 64]}
+        hiera = tf.HieraConfig(embed_dim=16, num_heads=[1, 2, 4, 8], **four)
+        convnext = tf.ConvNextV2Config(hidden_sizes=[8, 16, 24, 32], **four | {"image_size": 64})
+        swin = {"embed_dim": 12, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+        swin = tf.Swinv2Config(image_size=64, **swin)
+        clip = tf.CLIPConfig(vision_config=VISION | {"image_size": 48})
+        siglip = tf.SiglipConfig(vision_config=VISION | {"image_size": 48})
+        kinds = {
+            "hiera": (tf.HieraForImageClassification, hiera, 64),
+            "convnext": (tf.ConvNextV2ForImageClassification, convnext, 64),
+            "swin": (tf.Swinv2ForImageClassification, swin, 64),
+            "clip": (tf.CLIPForImageClassification, clip, 48),
+            "siglip": (tf.SiglipForImageClassification, siglip, 48),
+        }
+        for name, (kind, config, size) in kinds.items():
             with self.subTest(name):
-                model.save_pretrained(TMP / name)
-                call(
-                    "train",
-                    *train_options(
-                        f"arch-{name}", "--arch", TMP / name, "--input-size", 64, "--epochs", 1
-                    ),
-                )
-                self.assertIn(
-                    "| 20 |",
-                    call(
-                        "evaluate",
-                        "--data",
-                        WORLD / "val",
-                        TMP / f"arch-{name}" / "last.pt",
-                        "-j",
-                        0,
-                        "--device",
-                        "cpu",
-                    ),
-                )
+                kind(config).save_pretrained(TMP / name)
+                line = train_line(f"arch-{name}", f"--arch {TMP / name} --epochs 1")
+                call(line.replace("--input-size 32", ""))
+                state = torch.load(TMP / f"arch-{name}" / "last.pt", weights_only=True)
+                self.assertEqual(state["input_size"], size)
+                line = f"evaluate --data {WORLD}/val {TMP}/arch-{name}/last.pt -j 0 --device cpu"
+                self.assertIn("| 20 |", call(line))
+
+    def test_nothing_of_a_batch_stays(self):
+        """The hook on the last layer rests in validation; the averaged copy has none."""
+        import train
+
+        args = types.SimpleNamespace(projection="mlp", text_adapter="none", temperature=0.2)
+        args.learn_temperature = False
+        model = torchvision.models.squeezenet1_1(num_classes=4)
+        net = train.Aligned(model, 4, args, 8)
+        net(torch.zeros(2, 3, 32, 32), torch.zeros(2, 8))
+        self.assertIsNone(net.features)
+        model.eval()(torch.zeros(2, 3, 32, 32))
+        self.assertIsNone(net.features)
 
     def test_stale_embeddings_are_refused(self):
-        lines = read_lines(CAPTIONS)
-        for name, changed in (
-            ("edited", [lines[0] | {"caption": "other"}, *lines[1:]]),
-            ("reordered", lines[::-1]),
-            ("extended", [*lines, lines[0]]),
-        ):
-            file = TMP / f"{name}.jsonl"
-            write_lines(file, changed)
-            self.refused("run embed.py again", "train", *train_options("x", "--captions", file))
+        first, *rest = read_lines(CAPTIONS)
+        edited = [first | {"caption": "other"}, *rest]
+        for changed in edited, [first, *rest][::-1], [first, *rest, first]:
+            write_lines(TMP / "changed.jsonl", changed)
+            line = train_line("x", f"--captions {TMP}/changed.jsonl")
+            self.refused("run embed.py again", line)
 
     def test_missing_captions_and_bad_images(self):
         world = TMP / "holes"
         shutil.copytree(WORLD, world)
         broken = sorted((world / "train").rglob("*.png"))[3]
         broken.write_bytes(b"nothing")
-        write_lines(
-            TMP / "few.jsonl",
-            [
-                *read_lines(CAPTIONS)[5:],
-                read_lines(CAPTIONS)[7] | {"caption": "a second one"},
-                {"image": "gone/1.png", "caption": "of no image"},
-            ],
-        )
-        call("embed", "--captions", TMP / "few.jsonl", "--out", TMP / "few.npy", "--model", ENCODER)
-        printed = call(
-            "train",
-            *train_options(
-                "few",
-                "--data",
-                world,
-                "--captions",
-                TMP / "few.jsonl",
-                "--embeddings",
-                TMP / "few.npy",
-            ),
-        )
+        lines = read_lines(CAPTIONS)
+        second, foreign = lines[7] | {"caption": "a second one"}, lines[7] | {"image": "gone/1.png"}
+        write_lines(TMP / "few.jsonl", [*lines[5:], second, foreign])
+        call(f"embed --captions {TMP}/few.jsonl --out {TMP}/few.npy --model {ENCODER}")
+        more = f"--captions {TMP}/few.jsonl --embeddings {TMP}/few.npy"
+        printed = call(train_line("few", more, data=world))
         self.assertIn("24 training images (19 with captions", printed)
         self.assertIn("1 captions belong to no image", printed)
-        self.assertIn(
-            f"1 unreadable images left out: '{broken.relative_to(world / 'train')}'", printed
-        )
+        name = broken.relative_to(world / "train")
+        self.assertIn(f"1 unreadable images left out: '{name}'", printed)
+
+    def test_captions_are_matched_by_key(self):
+        """Whatever their order in the file, of several one is drawn; none is a vector of zeros."""
+        import train
+
+        lines = read_lines(CAPTIONS)
+        random.Random(0).shuffle(lines)
+        write_lines(TMP / "order.jsonl", [*lines[1:], *lines[1:5]])
+        call(f"embed --captions {TMP}/order.jsonl --out {TMP}/order.npy --model {ENCODER}")
+        keys = sorted(line["image"] for line in lines)
+        captions = train.Captions(str(TMP / "order.jsonl"), str(TMP / "order.npy"), keys, None)
+        rows = torch.from_numpy(np.load(TMP / "order.npy").astype(np.float32))
+        for i, key in enumerate(keys):
+            own = [n for n, line in enumerate([*lines[1:], *lines[1:5]]) if line["image"] == key]
+            drawn = captions.draw(i)
+            if not own:
+                self.assertFalse(drawn.any())
+            else:
+                close = [torch.allclose(drawn, F.normalize(rows[n], dim=0)) for n in own]
+                self.assertTrue(any(close), key)
 
     def test_shuffled_captions(self):
         import train
 
         keys = [line["image"] for line in read_lines(CAPTIONS)]
+        files = CAPTIONS, str(EMBEDDINGS), keys
         straight, one, same, two = (
-            train.Captions(CAPTIONS, str(EMBEDDINGS), keys, seed).rows.tolist()
-            for seed in (None, 1, 1, 2)
+            train.Captions(*files, seed).rows.tolist() for seed in (None, 1, 1, 2)
         )
         self.assertEqual(straight, list(range(24)))
         self.assertEqual((one, sorted(one)), (same, straight))
         self.assertTrue(one != straight and one != two)
 
-    def test_unlabelled_images(self):
-        world = TMP / "unlabelled"
-        shutil.copytree(WORLD, world)
-        (world / "train/red_circle").rename(world / "train/_unlabeled")
-        (world / "val/red_circle").rename(TMP / "aside")
-        lines = [
-            line | {"image": line["image"].replace("red_circle/", "_unlabeled/")}
-            for line in read_lines(CAPTIONS)
-        ]
-        write_lines(TMP / "unlabelled.jsonl", lines)
-        call(
-            "embed",
-            "--captions",
-            TMP / "unlabelled.jsonl",
-            "--out",
-            TMP / "unlabelled.npy",
-            "--model",
-            ENCODER,
-        )
-        printed = call(
-            "train",
-            *train_options(
-                "u",
-                "--data",
-                world,
-                "--captions",
-                TMP / "unlabelled.jsonl",
-                "--embeddings",
-                TMP / "unlabelled.npy",
-            ),
-        )
-        self.assertIn(
-            "3 classes, 24 training images (24 with captions, 6 without a label)", printed
-        )
-        self.refused(
-            "only alignment can use", "train", *train_options("u2", "--data", world, text=False)
-        )
+    def test_learned_temperature(self):
+        """It moves, but not below 0.01, from where its gradient brings it back."""
+        call(train_line("tau", "--learn-temperature --temperature 0.01 --text-adapter mlp"))
+        state = torch.load(TMP / "tau" / "last.pt", weights_only=True)
+        self.assertGreaterEqual(state["net"]["log_temperature"].exp(), 0.01 - 1e-6)
+        call(train_line("tau2", "--learn-temperature --temperature 0.5"))
+        state = torch.load(TMP / "tau2" / "last.pt", weights_only=True)
+        self.assertNotAlmostEqual(state["net"]["log_temperature"].exp().item(), 0.5, places=4)
 
     def test_refusals(self):
-        self.refused(
-            "--align-weight does nothing without",
-            "train",
-            *train_options("x", "--align-weight", 1, text=False),
-        )
-        self.refused(
-            "no such classifier; did you mean resnet50",
-            "train",
-            *train_options("x", "--arch", "resnet5O"),
-        )
-        self.refused(
-            "does not take images",
-            "train",
-            *train_options("x", "--arch", "inception_v3", "--input-size", 32),
-        )
-        self.refused("has no stochastic depth", "train", *train_options("x", "--drop-path", 0.1))
-        self.refused("do not fill one batch", "train", *train_options("x", "-b", 100))
-        self.refused("--data", "train", *train_options("x", "--data", TMP / "nowhere"))
-        self.refused(
-            "run embed.py", "train", *train_options("x", "--embeddings", TMP / "nowhere.npy")
-        )
-        self.refused(
-            "no valid file for the classes empty",
-            "train",
-            *train_options("x", "--data", self.world_with_an_empty_class()),
-        )
-        np.save(TMP / "flat.npy", np.zeros(7, np.float32))
-        shutil.copy(TMP / "embeddings.json", TMP / "flat.json")
-        self.refused(
-            "expected float16 or float32 \\[24, width\\]",
-            "train",
-            *train_options("x", "--embeddings", TMP / "flat.npy"),
-        )
-        self.refused(
-            "not finite at step 1 of epoch 1",
-            "train",
-            *train_options("x", "--lr", 1e30, "--epochs", 2),
-        )
-
-    def world_with_an_empty_class(self) -> Path:
+        line = functools.partial(train_line, "x")
+        self.refused("--align-weight does nothing without", line("--align-weight 1", text=False))
+        self.refused("no such classifier; did you mean resnet50", line("--arch resnet5O"))
+        self.refused("does not take images", line("--arch inception_v3 --input-size 32"))
+        self.refused("has no stochastic depth", line("--drop-path 0.1"))
+        self.refused("do not fill one batch", line("-b 100"))
+        self.refused("--data", line(data=TMP / "nowhere"))
+        self.refused("run embed.py|embed.py --captions", line(f"--embeddings {TMP}/nowhere.npy"))
         shutil.copytree(WORLD, TMP / "void")
         (TMP / "void/train/empty").mkdir()
-        return TMP / "void"
+        self.refused("no valid file for the classes empty", line(data=TMP / "void"))
+        np.save(TMP / "flat.npy", np.zeros(7, np.float32))
+        shutil.copy(TMP / "embeddings.json", TMP / "flat.json")
+        sentence = r"expected float16 or float32 \[24, width\]"
+        self.refused(sentence, line(f"--embeddings {TMP}/flat.npy"))
+        sentence = "not finite in the 50 steps up to step 3 of epoch 1 .CE nan|CE inf"
+        self.refused(sentence, line("--lr 1e30 --epochs 2"))
+
+    def test_an_empty_val_is_refused(self):
+        shutil.copytree(WORLD / "train", TMP / "no-val/train")
+        (TMP / "no-val/val/red_circle").mkdir(parents=True)
+        self.refused("no image", train_line("x", data=TMP / "no-val"))
+
+    def test_an_exception_without_text(self):
+        from train import first_line
+
+        self.assertEqual(first_line(ValueError()), "ValueError: ")
 
 
 class Evaluation(Base):
     def setUp(self):
         if not (TMP / "judged" / "last.pt").exists():
-            call("train", *train_options("judged", "--ema-decay", 0.5))
+            call(train_line("judged", "--ema-decay 0.5"))
 
     def evaluate(self, *options) -> str:
         return call("evaluate", "-j", 0, "--device", "cpu", *options)
 
+    def results(self, *options) -> list[dict]:
+        with tempfile.NamedTemporaryFile(dir=TMP, suffix=".jsonl") as file:
+            self.evaluate(*options, "--out", file.name)
+            return read_lines(Path(file.name))
+
+    def refuses(self, pattern: str, *options) -> None:
+        self.refused(pattern, "evaluate", "-j", 0, "--device", "cpu", *options)
+
     def test_subset_by_name_and_unknown_class(self):
-        shutil.copytree(WORLD / "val/purple_star", TMP / "subset/purple_star", dirs_exist_ok=True)
-        shutil.copytree(WORLD / "val/red_circle", TMP / "subset/red_circle", dirs_exist_ok=True)
-        printed = self.evaluate(
-            "--data", TMP / "subset", TMP / "judged/last.pt", "--out", TMP / "subset.jsonl"
-        )
+        for name in "purple_star", "red_circle":
+            shutil.copytree(WORLD / "val" / name, TMP / "subset" / name, dirs_exist_ok=True)
+        options = ["--data", TMP / "subset", TMP / "judged/last.pt", "--out", TMP / "subset.jsonl"]
+        printed = self.evaluate(*options)
         state = torch.load(TMP / "judged/last.pt", weights_only=True)
         model = torchvision.models.squeezenet1_1(num_classes=4).eval()
         model.load_state_dict(state["model"])
@@ -2247,122 +1679,73 @@ class Evaluation(Base):
             logits = torch.cat([model(image[None]) for image, _ in folder])
         two = torch.tensor([state["classes"].index(name) for name in folder.classes])
         labels, result = two[torch.tensor(folder.targets)], read_lines(TMP / "subset.jsonl")[0]
-        self.assertAlmostEqual(
-            result["top1"], 100 * (logits.argmax(1) == labels).float().mean().item(), places=4
-        )
-        self.assertAlmostEqual(
-            result["top1_among_these"],
-            100 * (two[logits[:, two].argmax(1)] == labels).float().mean().item(),
-            places=4,
-        )
+        for name, guess in (
+            ("top1", logits.argmax(1)),
+            ("top1_among_these", two[logits[:, two].argmax(1)]),
+        ):
+            top1 = 100 * (guess == labels).float().mean().item()
+            self.assertAlmostEqual(result[name], top1, places=4)
         self.assertIn("top-1 % among these 2 classes", printed)
         shutil.copytree(WORLD / "val/purple_star", TMP / "strange/pink_star", dirs_exist_ok=True)
-        self.refused(
-            "does not know, the first is 'pink_star'",
-            "evaluate",
-            "-j",
-            0,
-            "--data",
-            TMP / "strange",
-            TMP / "judged/last.pt",
-        )
+        strange = ["--data", TMP / "strange", TMP / "judged/last.pt"]
+        self.refuses("does not know, the first is 'pink_star'", *strange)
 
     def test_averaged_weights(self):
         state = torch.load(TMP / "judged/last.pt", weights_only=True)
-        self.assertFalse(
-            torch.equal(state["ema"]["classifier.1.weight"], state["model"]["classifier.1.weight"])
-        )
-        self.assertIn(
-            "| 20 |", self.evaluate("--data", WORLD / "val", TMP / "judged/last.pt", "--ema")
-        )
+        last, averaged = (state[kind]["classifier.1.weight"] for kind in ("model", "ema"))
+        self.assertFalse(torch.equal(averaged, last))
+        printed = self.evaluate("--data", WORLD / "val", TMP / "judged/last.pt", "--ema")
+        self.assertIn("| 20 |", printed)
 
     def test_interval_and_groups(self):
         import evaluate
 
-        a, b = (
-            np.array([1, 1, 0, 0, 1, 0, 0, 1], bool),
-            np.array([1, 1, 1, 0, 0, 1, 1, 1], bool),
-        )  # differences 0 0 1 0 -1 1 1 0: mean 2/8
+        a = np.array([1, 1, 0, 0, 1, 0, 0, 1], bool)
+        b = np.array([1, 1, 1, 0, 0, 1, 1, 1], bool)  # differences 0 0 1 0 -1 1 1 0: mean 2/8
         mean, half = evaluate.paired_difference(a, b)
         self.assertAlmostEqual(mean, 25.0)
-        self.assertAlmostEqual(
-            half, 100 * 1.96 * math.sqrt((4 - 8 * 0.25**2) / 7) / math.sqrt(8), places=6
-        )
+        deviation = math.sqrt((4 - 8 * 0.25**2) / 7)
+        self.assertAlmostEqual(half, 100 * 1.96 * deviation / math.sqrt(8), places=6)
         for seed in 1, 2:
-            call("train", *train_options(f"judged-{seed}", "--ema-decay", 0.5, "--seed", seed))
+            call(train_line(f"judged-{seed}", f"--ema-decay 0.5 --seed {seed}"))
         runs = [TMP / name / "last.pt" for name in ("judged", "judged-1", "judged-2")]
-        printed = self.evaluate(
-            "--data",
-            WORLD / "val",
-            *runs,
-            "--out",
-            TMP / "results.jsonl",
-            "--predictions",
-            TMP / "predictions.jsonl",
-        )
-        top1 = [result["top1"] for result in read_lines(TMP / "results.jsonl")]
+        out, predictions = TMP / "results.jsonl", TMP / "predictions.jsonl"
+        options = ["--data", WORLD / "val", *runs, "--out", out, "--predictions", predictions]
+        printed = self.evaluate(*options)
+        top1 = [result["top1"] for result in read_lines(out)]
         self.assertIn(
             f"| 3 | {runs[0]} | {np.mean(top1):.2f} +- {np.std(top1, ddof=1):.2f} |", printed
         )
-        lines = [
-            line
-            for line in read_lines(TMP / "predictions.jsonl")
-            if line["checkpoint"] == str(runs[1])
-        ]
-        self.assertAlmostEqual(
-            100 * np.mean([line["label"] == line["prediction"] for line in lines]), top1[1]
-        )
-        self.assertEqual(
-            {(line["image"], line["label"]) for line in lines},
-            {
-                (f"{path.parent.name}/{path.name}", path.parent.name)
-                for path in (WORLD / "val").rglob("*.png")
-            },
-        )
+        lines = [line for line in read_lines(predictions) if line["checkpoint"] == str(runs[1])]
+        hits = [line["label"] == line["prediction"] for line in lines]
+        self.assertAlmostEqual(100 * np.mean(hits), top1[1])
+        paths = (WORLD / "val").rglob("*.png")
+        images = {(f"{path.parent.name}/{path.name}", path.parent.name) for path in paths}
+        self.assertEqual({(line["image"], line["label"]) for line in lines}, images)
 
     def test_groups_of_seeds(self):
         import evaluate
 
-        rows = [
-            dict(
-                checkpoint=f"{name}-{seed}",
-                data="val",
-                arch="a",
-                epoch=1,
-                selected="last epoch",
-                images=9,
-                top1=top1,
-                top5=0,
-                difference=0,
-                interval=0,
-                classes=4,
-                of_classes=4,
-                top1_among_these=0,
-                text={},
-                parameters=1,
-                images_per_s=1,
-                settings={"name": name, "seed": seed},
-            )
-            for name, found in (
-                ("plain", {1: 10.0, 2: 14.0}),
-                ("aligned", {1: 16.0, 2: 18.0, 3: 50.0}),
-            )
-            for seed, top1 in found.items()
-        ]
+        same = {"data": "val", "arch": "a", "epoch": 1, "selected": "last epoch", "images": 9}
+        same |= dict.fromkeys(("top5", "top1_among_these", "difference", "interval"), 0)
+        same |= {"classes": 4, "of_classes": 4, "text": {}, "parameters": 1, "images_per_s": 1}
+        rows = []
+        for name, found in ("plain", {1: 10.0, 2: 14.0}), ("aligned", {1: 16.0, 2: 18.0, 3: 50.0}):
+            for seed, top1 in found.items():
+                one = {"checkpoint": f"{name}-{seed}", "top1": top1}
+                rows.append(same | one | {"settings": {"name": name, "seed": seed}})
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             evaluate.report([*rows, rows[0]], ["val"])  # a run that is named twice counts once
         self.assertIn("| 2 | plain-1 | 12.00 +- 2.83 |  |", printed.getvalue())
         self.assertIn("| 3 | aligned-1 | 28.00 +- 19.08 | +5.00 +- 1.41 |", printed.getvalue())
 
-    def test_retrieval_and_zero_shot(self):
+    def test_retrieval(self):
         import evaluate
 
         rng = np.random.default_rng(0)
-        features, texts, owner = (
-            rng.normal(size=(30, 8)).astype(np.float32),
-            rng.normal(size=(50, 8)).astype(np.float32),
-            rng.permutation(np.arange(50) % 25),
-        )
+        features = rng.normal(size=(30, 8)).astype(np.float32)
+        texts = rng.normal(size=(50, 8)).astype(np.float32)
+        owner = rng.permutation(np.arange(50) % 25)
         found, scores = evaluate.retrieval(features, texts, owner), features @ texts.T
         for k in 1, 5, 10:
             image_hits = [
@@ -2372,207 +1755,171 @@ class Evaluation(Base):
             text_hits = [owner[t] in np.argsort(-scores[:25, t])[:k] for t in range(50)]
             self.assertAlmostEqual(found[f"image->text R@{k}"], 100 * np.mean(image_hits), places=4)
             self.assertAlmostEqual(found[f"text->image R@{k}"], 100 * np.mean(text_hits), places=4)
-        options = [
-            "--data",
-            WORLD / "val",
-            "--model",
-            "template",
-            "--out",
-            TMP / "val.jsonl",
-            "--prompt",
-            "a {class}",
-        ]
-        call("caption", *options)
-        call("embed", "--captions", TMP / "val.jsonl", "--out", TMP / "val.npy", "--model", ENCODER)
-        text = [
-            "--captions",
-            TMP / "val.jsonl",
-            "--embeddings",
-            TMP / "val.npy",
-            "--class-captions",
-            TMP / "val.jsonl",
-            "--class-embeddings",
-            TMP / "val.npy",
-        ]
-        printed = self.evaluate("--data", WORLD / "val", TMP / "judged/last.pt", *text)
+
+    def text(self, captions: str = "val", embeddings: str = "val") -> list:
+        files = TMP / f"{captions}.jsonl", TMP / f"{embeddings}.npy"
+        if not files[0].exists():
+            options = ["--model", "template", "--prompt", "a {class}", "--out", files[0]]
+            call("caption", "--data", WORLD / "val", *options)
+        if not files[1].exists():
+            call("embed", "--captions", files[0], "--out", files[1], "--model", ENCODER)
+        return ["--captions", files[0], "--embeddings", files[1]]
+
+    def class_text(self, *names: str) -> list:
+        return [str(option).replace("--", "--class-") for option in self.text(*names)]
+
+    def test_texts(self):
+        judged = ["--data", WORLD / "val", TMP / "judged/last.pt"]
+        printed = self.evaluate(*judged, *self.text(), *self.class_text())
         self.assertRegex(printed, r"image->text R@1 .* text->image R@10 . zero-shot top-1")
-        call("train", *train_options("plain", "--epochs", 1, text=False))
-        self.refused(
-            "no projection head",
-            "evaluate",
-            "-j",
-            0,
-            "--data",
-            WORLD / "val",
-            TMP / "plain/last.pt",
-            *text,
-        )
-        write_lines(
-            TMP / "some.jsonl",
-            [line for line in read_lines(TMP / "val.jsonl") if "red" not in line["caption"]],
-        )
+        call(train_line("plain", "--epochs 1", text=False))
+        plain = ["--data", WORLD / "val", TMP / "plain/last.pt"]
+        self.refuses("no projection head", *plain, *self.text(), *self.class_text())
+        lines = read_lines(TMP / "val.jsonl")
+        write_lines(TMP / "some.jsonl", [line for line in lines if "red" not in line["caption"]])
+        missing = "2 class.* have none, the first is 'red_circle'"
+        self.refuses(missing, *judged, *self.class_text("some", "some"))
         save_text_encoder(TMP / "another", seed=7)
-        for name, encoder in ("some", ENCODER), ("val", TMP / "another"):
-            call(
-                "embed",
-                "--captions",
-                TMP / f"{name}.jsonl",
-                "--out",
-                TMP / f"{name}2.npy",
-                "--model",
-                encoder,
-            )
-        options = [
-            "evaluate",
-            "-j",
-            0,
-            "--device",
-            "cpu",
-            "--data",
-            WORLD / "val",
-            TMP / "judged/last.pt",
-        ]
-        self.refused(
-            "2 class.* have none, the first is 'red_circle'",
-            *options,
-            "--class-captions",
-            TMP / "some.jsonl",
-            "--class-embeddings",
-            TMP / "some2.npy",
+        options = ["--out", TMP / "val2.npy", "--model", TMP / "another"]
+        call("embed", "--captions", TMP / "val.jsonl", *options)
+        self.refuses("val2.npy has weights_sha256", *judged, *self.text("val", "val2"))
+
+    def test_text_measures_against_loops(self):
+        """With a head that has a BatchNorm, and unequal texts of equal captions."""
+        self.text()
+        rows = np.random.default_rng(0).normal(size=(20, 64)).astype(np.float32)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        np.save(TMP / "random.npy", rows)
+        shutil.copy(TMP / "val.json", TMP / "random.json")
+        call(train_line("normed", "--arch shufflenet_v2_x0_5"))
+        state = torch.load(TMP / "normed/last.pt", weights_only=True)
+        model = torchvision.models.shufflenet_v2_x0_5(num_classes=4).eval()
+        model.load_state_dict(state["model"])
+        model.fc = torch.nn.Identity()
+        head = torch.nn.Sequential(
+            torch.nn.Linear(1024, 128, bias=False),
+            torch.nn.BatchNorm1d(128),
+            torch.nn.ReLU(),
+            torch.nn.Linear(128, 64),
         )
-        self.refused(
-            "val2.npy has weights_sha256",
-            *options,
-            "--captions",
-            TMP / "val.jsonl",
-            "--embeddings",
-            TMP / "val2.npy",
-        )
+        head.load_state_dict(state["projection"])
+        preset = torchvision.transforms._presets.ImageClassification(crop_size=32, resize_size=37)
+        folder = torchvision.datasets.ImageFolder(WORLD / "val", preset)
+        with torch.inference_mode():
+            features = [head.eval()(model(image[None])) for image, _ in folder]
+            scores = F.normalize(torch.cat(features), dim=1).numpy() @ rows.T  # [image, text]
+        order = [line["image"] for line in read_lines(TMP / "val.jsonl")]
+        paths = [Path(path).relative_to(WORLD / "val").as_posix() for path, _ in folder.samples]
+        self.assertEqual(order, paths)
+        expected = {}
+        for name, queries in ("image->text", scores), ("text->image", scores.T):
+            for k in 1, 5, 10:
+                hits = [i in np.argsort(-queries[i])[:k] for i in range(20)]
+                expected[f"{name} R@{k}"] = 100 * np.mean(hits)
+        mean = np.stack([rows[5 * i : 5 * i + 5].mean(0) for i in range(4)])
+        lengths = np.linalg.norm(mean, axis=1)
+        nearest = np.stack([scores[:, 5 * i : 5 * i + 5].mean(1) for i in range(4)], 1) / lengths
+        expected["zero-shot top-1"] = 100 * np.mean(nearest.argmax(1) == folder.targets)
+        options = [*self.text("val", "random"), *self.class_text("val", "random")]
+        found = self.results("--data", WORLD / "val", TMP / "normed/last.pt", *options, "-b", 7)
+        self.assertEqual(list(found[0]["text"]), list(expected))
+        for name, percent in expected.items():
+            self.assertAlmostEqual(found[0]["text"][name], percent, places=4, msg=name)
 
     def test_several_folders_numeric_names_and_published_weights(self):
         classes = sorted(CLASSES[:2] + CLASSES[-2:])
         for i, name in enumerate(classes):
             shutil.copytree(WORLD / "val" / name, TMP / "numeric" / str(i), dirs_exist_ok=True)
-        printed = self.evaluate(
-            "--data", WORLD / "val", "--data", f"v2={TMP / 'numeric'}", TMP / "judged/last.pt"
-        )
+        judged, numeric = TMP / "judged/last.pt", TMP / "numeric"
+        printed = self.evaluate("--data", WORLD / "val", "--data", f"v2={numeric}", judged)
         rows = [line.split("|")[5:8] for line in printed.splitlines() if "last.pt" in line]
         self.assertEqual(rows[0], rows[1])
         self.assertIn("**v2**", printed)
-        self.refused(
-            "two folders of this name",
-            "evaluate",
-            "--data",
-            f"v={WORLD / 'val'}",
-            "--data",
-            f"v={TMP / 'numeric'}",
-            TMP / "judged/last.pt",
-        )
+        twice = ["--data", f"v={WORLD / 'val'}", "--data", f"v={numeric}"]
+        self.refuses("two folders of this name", *twice, judged)
         model = torchvision.models.squeezenet1_1()
-        with unittest.mock.patch(
-            "torchvision.models.get_model", lambda *args, **kwargs: model
-        ):  # the published weights are not to be had offline
-            printed = self.evaluate("--data", TMP / "numeric", "squeezenet1_1")
+        preset = torchvision.models.SqueezeNet1_1_Weights.DEFAULT.transforms()
+        # the published weights are not to be had offline
+        with unittest.mock.patch("torchvision.models.get_model", lambda *_, **__: model):
+            printed = self.evaluate("--data", numeric, "squeezenet1_1")
             self.assertIn("SqueezeNet1_1_Weights.IMAGENET1K_V1 | 20 |", printed)
-            for i in range(
-                1000
-            ):  # ImageNet's folders, of which all but one are empty here, name those of a subset beside it
+            # ImageNet's folders, of which all but one are empty here, name those of a subset beside
+            for i in range(1000):
                 (TMP / "synsets" / f"n{i:08d}").mkdir(parents=True, exist_ok=True)
             for root, i in ("synsets", 0), ("some-synsets", 998), ("some-synsets", 3):
-                shutil.copytree(
-                    WORLD / "val/red_circle", TMP / root / f"n{i:08d}", dirs_exist_ok=True
-                )
-            self.evaluate(
-                "--data",
-                TMP / "synsets",
-                "--data",
-                f"r={TMP / 'some-synsets'}",
-                "squeezenet1_1",
-                "--predictions",
-                TMP / "synsets.jsonl",
-            )
+                folder = TMP / root / f"n{i:08d}"
+                shutil.copytree(WORLD / "val/red_circle", folder, dirs_exist_ok=True)
+            folders = ["--data", TMP / "synsets", "--data", f"r={TMP / 'some-synsets'}"]
+            predictions = ["--predictions", TMP / "synsets.jsonl"]
+            result = self.results(*folders, "squeezenet1_1", *predictions)[1]
             lines = [line for line in read_lines(TMP / "synsets.jsonl") if line["data"] == "r"]
-            self.assertEqual(
-                [line["label"] for line in lines], ["n00000003"] * 5 + ["n00000998"] * 5
-            )
+            labels = ["n00000003"] * 5 + ["n00000998"] * 5
+            self.assertEqual([line["label"] for line in lines], labels)
+            images = [Image.open(TMP / "some-synsets" / line["image"]) for line in lines]
             with torch.inference_mode():
-                logits = model.eval()(
-                    torchvision.models.SqueezeNet1_1_Weights.DEFAULT.transforms()(
-                        Image.open(TMP / "some-synsets" / lines[0]["image"])
-                    )[None]
-                )
-            self.assertEqual(lines[0]["prediction"], f"n{logits.argmax().item():08d}")
-            self.refused(
-                "has 2 class.* published weights know class folders by number",
-                "evaluate",
-                "-j",
-                0,
-                "--device",
-                "cpu",
-                "--data",
-                TMP / "some-synsets",
-                "squeezenet1_1",
-            )
-            self.refused(
-                "has 4 class.* published weights know class folders by number",
-                "evaluate",
-                "-j",
-                0,
-                "--device",
-                "cpu",
-                "--data",
-                WORLD / "val",
-                "squeezenet1_1",
-            )
+                logits = torch.cat([model.eval()(preset(image)[None]) for image in images])
+            names = [f"n{i:08d}" for i in logits.argmax(1)]
+            self.assertEqual([line["prediction"] for line in lines], names)
+            top5 = [
+                int(label[1:]) in row
+                for label, row in zip(labels, logits.topk(5).indices, strict=True)
+            ]
+            self.assertAlmostEqual(result["top5"], 100 * np.mean(top5))
+            known = "class.* published weights know class folders by number"
+            self.refuses(f"has 2 {known}", "--data", TMP / "some-synsets", "squeezenet1_1")
+            self.refuses(f"has 4 {known}", "--data", WORLD / "val", "squeezenet1_1")
+
+    def test_turned_and_16_bit_images_reach_the_model(self):
+        (TMP / "odd/7").mkdir(parents=True)
+        rng, exif = np.random.default_rng(0), Image.Exif()
+        gray = rng.integers(0, 256, (300, 240)).astype(np.uint16)
+        Image.fromarray(gray * 256).save(TMP / "odd/7/deep.png")
+        exif[0x0112] = 6  # to be turned by 90 degrees
+        photo = Image.fromarray(rng.integers(0, 256, (240, 300, 3)).astype(np.uint8))
+        photo.save(TMP / "odd/7/turned.jpg", exif=exif)
+        upright = Image.open(TMP / "odd/7/turned.jpg").transpose(Image.Transpose.ROTATE_270)
+        model, seen = torchvision.models.squeezenet1_1(), []
+        model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        preset = torchvision.models.SqueezeNet1_1_Weights.DEFAULT.transforms()
+        with unittest.mock.patch("torchvision.models.get_model", lambda *_, **__: model):
+            self.evaluate("--data", TMP / "odd", "squeezenet1_1")
+        deep = Image.fromarray(gray.astype(np.uint8)).convert("RGB")
+        expected = torch.stack([preset(deep), preset(upright)])
+        self.assertTrue(torch.equal(torch.cat(seen), expected))
 
     def test_one_bad_image(self):
         shutil.copytree(WORLD / "val", TMP / "damaged")
         broken = next((TMP / "damaged").rglob("*.png"))
         broken.write_bytes(b"nothing")
-        printed = self.evaluate(
-            "--data",
-            TMP / "damaged",
-            TMP / "judged/last.pt",
-            "--predictions",
-            TMP / "damaged.jsonl",
-        )
+        options = ["--data", TMP / "damaged", "--predictions", TMP / "damaged.jsonl"]
+        printed = self.evaluate(*options, TMP / "judged/last.pt")
         self.assertIn(f"1 unreadable images, not counted: '{broken}'", printed)
         self.assertIn("| 19 |", printed)
         self.assertEqual(lines_in(TMP / "damaged.jsonl"), 19)
 
+    def test_cores_and_devices(self):
+        import evaluate
+
+        with unittest.mock.patch("os.sched_getaffinity", lambda _: {0, 5, 7}, create=True):
+            self.assertEqual(evaluate.available_cpus(), 3)
+        with unittest.mock.patch("torch.cuda.set_device") as chosen:
+            for device, expected in ("cuda", "cuda:0"), ("cuda:1", "cuda:1"):
+                args = unittest.mock.Mock(device=device, rank=0, world=1)
+                evaluate.start_processes(args)
+                chosen.assert_called_with(expected)
+
     def test_refusals(self):
+        judged = ["--data", WORLD / "val", TMP / "judged/last.pt"]
         torch.save({"model": Base}, TMP / "code.pt")
         torch.save({"model": weights_of("judged")}, TMP / "foreign.pt")
-        for name in (
-            "code",
-            "foreign",
-        ):  # all checkpoints are looked at before the first is evaluated
-            self.refused(
-                "not a checkpoint",
-                "evaluate",
-                "-j",
-                0,
-                "--data",
-                WORLD / "val",
-                TMP / "judged/last.pt",
-                TMP / f"{name}.pt",
-                "--out",
-                TMP / "early.jsonl",
-            )
+        for name in "code", "foreign":  # all are looked at before the first is evaluated
+            files = [TMP / f"{name}.pt", "--out", TMP / "early.jsonl"]
+            self.refuses("not a checkpoint", *judged, *files)
         self.assertFalse((TMP / "early.jsonl").exists())
-        self.refused(
-            "no such checkpoint.*did you mean resnet50",
-            "evaluate",
-            "-j",
-            0,
-            "--data",
-            WORLD / "val",
-            "resnet5O",
-        )
-        self.refused(
-            "--data", "evaluate", "-j", 0, "--data", TMP / "nowhere", TMP / "judged/last.pt"
-        )
-        self.refused("--ema does nothing", "evaluate", "--data", WORLD / "val", "resnet18", "--ema")
+        typo = "no such checkpoint.*did you mean resnet50"
+        self.refuses(typo, "--data", WORLD / "val", "resnet5O")
+        self.refuses("--data", "--data", TMP / "nowhere", TMP / "judged/last.pt")
+        self.refuses("--ema does nothing", "--data", WORLD / "val", "resnet18", "--ema")
 
 
 class Result(unittest.TextTestResult):
@@ -2584,23 +1931,18 @@ class Result(unittest.TextTestResult):
 
 
 def main() -> None:
-    result = unittest.main(
-        exit=False, testRunner=unittest.TextTestRunner(verbosity=2, resultclass=Result)
-    ).result
+    runner = unittest.TextTestRunner(verbosity=2, resultclass=Result)
+    result = unittest.main(exit=False, testRunner=runner).result
     failed = len({str(test).split(" (")[0] for test, _ in result.failures + result.errors})
     print(f"{result.passed} passed, {failed} failed, {len(result.skipped)} skipped", flush=True)
     raise SystemExit(failed > 0)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["demo"]:
-        run_demo(Path(sys.argv[2] if len(sys.argv) > 2 else "demo"))
-    elif sys.argv[1:2] == ["worlds"]:
-        prepare(
-            Path(sys.argv[2] if len(sys.argv) > 2 else "toy"),
-            clean=(20, 0.0, 0),
-            noisy=(40, 0.6, 0),
-            few=(10, 0.0, 50),
-        )
+    command_name, folder = [*sys.argv[1:3], "", ""][:2]
+    if command_name == "demo":
+        run_demo(Path(folder or "demo"))
+    elif command_name == "worlds":
+        prepare(Path(folder or "toy"), clean=(20, 0.0), noisy=(40, 0.6))
     else:
         main()

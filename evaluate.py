@@ -1,4 +1,4 @@
-"""Accuracy and alignment of checkpoints: stage 4 of 4 (caption -> embed -> train -> evaluate).
+"""Accuracy and alignment of checkpoints: stage 4 of 4.
 
 In:  CHECKPOINT ...     train.py's, or a torchvision model's name: its published (DEFAULT) weights
      --data [NAME=]DIR  DIR/<class>/<image>; classes are matched by name, numeric ones (ImageNet-V2)
@@ -9,7 +9,6 @@ Out: a Markdown table per folder: top-1 among all of a checkpoint's classes (and
 
 Launch:
     python evaluate.py --data imagenet/val runs/baseline/last.pt runs/aligned/last.pt
-    python evaluate.py --data imagenet/val --data sketch=sketch resnet50 runs/aligned/last.pt
     torchrun --standalone --nproc_per_node=4 evaluate.py --data imagenet/val runs/aligned/last.pt
     python evaluate.py --data val --captions val.jsonl --embeddings val.npy last.pt    # recall@k
 """
@@ -19,7 +18,6 @@ import difflib
 import hashlib
 import json
 import os
-import re
 import time
 from pathlib import Path
 
@@ -35,24 +33,16 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageClassification
 
+FIELDS = ("checkpoint", "arch", "epoch", "selected", "images")  # of a result, shown as they are
 PUBLISHED = torchvision.models.list_models(torchvision.models)
-
-
-def available_cpus() -> int:
-    """Cores that this process may use: affinity and cpusets count."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def first_line(error: BaseException) -> str:
-    """The error's kind and the first line of its text, if it has any."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def parse_args() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=raw)
     add, device = p.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
-    workers = min(8, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="file, or torchvision model")
     add("--data", required=True, action="append", metavar="[NAME=]DIR", help="once or more often")
     add("--ema", action="store_true", help="the averaged weights (the projection head has none)")
@@ -67,15 +57,20 @@ def parse_args() -> argparse.Namespace:
     add("--device", default=device, help="cuda, cuda:N or cpu (default: %(default)s)")
     args = p.parse_intermixed_args()
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size < 1 or args.workers < 0:
+    if min(args.batch_size, args.workers + 1) < 1:
         p.error("-b starts at 1, -j at 0")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        p.error("--device cuda: this machine has no GPU that torch can use")
+    if args.device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            p.error("--device cuda: this machine has no GPU that torch can use")
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        torch.cuda.set_device(local if args.device == "cuda" else args.device)
     if args.ema and set(args.checkpoints) <= set(PUBLISHED):
         p.error("--ema does nothing for published weights")
     for pair in (args.captions, args.embeddings), (args.class_captions, args.class_embeddings):
         if any(pair) and not (all(pair) and len(args.data) == 1 and not args.ema):
             p.error("captions need their embeddings, one --data, and no --ema (the head has none)")
+    if args.rank > 0:  # rank 0 writes the files
+        args.out = args.predictions = None
     return args
 
 
@@ -100,8 +95,8 @@ class Images(torchvision.datasets.ImageFolder):
         except Exception:  # one bad image costs that image, and is counted
             return self.transform(Image.new("RGB", (1, 1))), -1, index
 
-    def keys(self) -> list[str]:
-        return [Path(path).relative_to(self.root).as_posix() for path, _ in self.samples]
+    def key(self, index: int) -> str:
+        return Path(self.samples[index][0]).relative_to(self.root).as_posix()
 
 
 def read_folders(options: list[str]) -> dict[str, Images]:
@@ -113,22 +108,21 @@ def read_folders(options: list[str]) -> dict[str, Images]:
             name = directory = option
         if name in folders:
             raise SystemExit(f"--data {option}: two folders of this name: name them, NAME=DIR")
-        if not os.path.isdir(directory):
-            raise SystemExit(f"--data {option}: no such folder")
-        folders[name] = Images(directory, loader=load_image, allow_empty=True)
-        if not folders[name].samples:
-            raise SystemExit(f"--data {option}: its class folders hold no image")
+        if os.path.isdir(directory):
+            folders[name] = Images(directory, loader=load_image, allow_empty=True)
+        if name not in folders or not folders[name].samples:
+            raise SystemExit(f"--data {option}: no folder, or no image in its class folders")
     return folders
 
 
 def read_texts(captions: str, embeddings: str, index: dict[str, int], every: bool) -> tuple:
-    """Rows [M, D] on what is in `index` (images or classes), the index [M] of each, their encoder.
-
-    Refused if captions changed after embedding, or if none (or, with `every`, not all) have any.
-    """
-    encoder = json.loads(Path(embeddings.removesuffix(".npy") + ".json").read_text("utf-8"))
-    content, rows = Path(captions).read_bytes(), np.load(embeddings, mmap_mode="r")
-    keys = [json.loads(line)["image"] for line in content.splitlines()]
+    """Rows [M, D] on what is in `index` (of images or classes), its index [M], and the encoder."""
+    try:
+        encoder = json.loads(Path(embeddings.removesuffix(".npy") + ".json").read_text("utf-8"))
+        content, rows = Path(captions).read_bytes(), np.load(embeddings, mmap_mode="r")
+        keys = [json.loads(line)["image"] for line in content.splitlines()]
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"captions and embeddings: {error!r}") from error
     same = hashlib.sha256(content).hexdigest() == encoder.get("captions_sha256")
     if not same or rows.shape != (len(keys), encoder.get("width")):
         raise SystemExit(f"{captions} is not what {embeddings} was made from: run embed.py again")
@@ -147,7 +141,7 @@ def load_model(file: str, ema: bool, folders: dict[str, Images]) -> tuple[nn.Mod
         weights = torchvision.models.get_model_weights(file).DEFAULT
         classes = [str(i) for i in range(1000)]
         for folder in folders.values():
-            if re.fullmatch(r"(n\d{8}){1000}", "".join(folder.classes)):
+            if len(folder.classes) == 1000 and folder.classes[0].startswith("n"):  # synsets
                 classes = folder.classes
         state = {"arch": file, "epoch": "", "selected": str(weights), "classes": classes}
         state |= {"transform": weights.transforms(), "settings": {"published": file}}
@@ -172,10 +166,8 @@ def load_model(file: str, ema: bool, folders: dict[str, Images]) -> tuple[nn.Mod
 
 
 class Checkpoint(nn.Module):
-    """The plain model, the file's other entries (state) and, for texts, its head h.
-
-    images [n, 3, S, S] -> logits [n, K] and image features [n, D] of length 1 (None without h).
-    """
+    """The plain model, the file's other entries (state) and, for texts, its head h: images
+    [n, 3, S, S] -> logits [n, K] and features [n, D] of length 1 (None without h)."""
 
     def __init__(self, file: str, ema: bool, folders: dict[str, Images], texts: dict):
         super().__init__()
@@ -186,9 +178,8 @@ class Checkpoint(nn.Module):
         try:
             self.model, self.state = load_model(file, ema, folders)
         except Exception as error:
-            kind = "published weights" if file in PUBLISHED else "a checkpoint of train.py"
-            reason = f"not {kind} that can be read safely ({first_line(error)})"
-            raise SystemExit(f"{file}: {reason}") from error
+            reason = f"{type(error).__name__} {str(error).partition(chr(10))[0]}"
+            raise SystemExit(f"{file}: not a checkpoint that can be read: {reason}") from error
         self.file, self.head = file, None
         for folder in folders.values():
             self.match_classes(folder)
@@ -205,12 +196,11 @@ class Checkpoint(nn.Module):
         if numbered == folder.classes:
             return [int(name) for name in numbered]
         if unknown:
-            hint = f", the first is '{unknown[0]}'"
-            if self.file in PUBLISHED:
-                hint += "; published weights know class folders by number, or by name"
-                hint += " if one of the --data folders has all 1000 of ImageNet"
-            unknown = f"{len(unknown)} class(es) that {self.file} does not know"
-            raise SystemExit(f"{folder.root} has {unknown}{hint}")
+            known = (
+                "published weights know class folders by number, or by name beside a full folder"
+            )
+            what = f"{len(unknown)} class(es) that {self.file} does not know, the first is"
+            raise SystemExit(f"{folder.root} has {what} '{unknown[0]}'; {known}")
         return [index[name] for name in folder.classes]
 
     def load_head(self, encoder: dict) -> None:
@@ -254,12 +244,13 @@ def measure(logits, features, labels, present) -> dict[str, torch.Tensor]:
 def predict(net: Checkpoint, folder: Images, present: list[int], args) -> dict[str, np.ndarray]:
     """measure() of all images, on every process, each of which looks at its share of them."""
     share = range(args.rank, len(folder), args.world)
-    loader = DataLoader(folder, args.batch_size, sampler=share, num_workers=args.workers)
+    options = {"num_workers": args.workers, "pin_memory": args.device.startswith("cuda")}
+    loader = DataLoader(folder, args.batch_size, sampler=share, **options)
     present = torch.tensor(present, device=args.device)
     net.to(args.device, memory_format=torch.channels_last).eval()
     found = []
     for images, labels, index in tqdm(loader, unit="batch", disable=args.rank > 0, leave=False):
-        images = images.to(args.device, memory_format=torch.channels_last)
+        images = images.to(args.device, non_blocking=True, memory_format=torch.channels_last)
         batch = measure(*net(images), labels.to(args.device), present) | {"index": index}
         found.append({name: values.cpu().numpy() for name, values in batch.items()})
     if args.world > 1:
@@ -280,11 +271,8 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
 
 def retrieval(features, texts, owner, ks=(1, 5, 10), device="cpu") -> dict[str, float]:
-    """Recall@k in percent; features [N, D], texts [M, D], owner [M]: the image of each text.
-
-    An image is a hit if one of its own texts is among its k nearest, a text if its image is among
-    its k nearest of the images that have a text.
-    """
+    """Recall@k in percent: an image is a hit if one of its own texts is among its k nearest, a text
+    if its image is, of the described ones. features [N, D], texts [M, D], owner [M] of each."""
     features, texts, owner = (torch.as_tensor(x, device=device) for x in (features, texts, owner))
     described, hits = torch.unique(owner), {}
     images, texts = features[described], texts.float()
@@ -316,17 +304,6 @@ def text_measures(features, readable, texts, folder: Images, device: str) -> dic
     return measures
 
 
-def write_predictions(stream, net: Checkpoint, name: str, folder: Images, found: dict) -> None:
-    """A line per readable image."""
-    classes = net.state["classes"]
-    for i, key in enumerate(folder.keys()):
-        if found["label"][i] >= 0:
-            line = {"checkpoint": net.file, "data": name, "image": key}
-            line |= {field: classes[found[field][i]] for field in ("label", "prediction")}
-            line["probability"] = round(float(found["probability"][i]), 6)
-            stream.write(json.dumps(line) + "\n")
-
-
 def evaluate_folder(net: Checkpoint, name: str, folder: Images, texts, firsts, args) -> tuple:
     """A result, in percent of the readable images, and what predict() found."""
     index, state = net.match_classes(folder), net.state
@@ -338,6 +315,9 @@ def evaluate_folder(net: Checkpoint, name: str, folder: Images, texts, firsts, a
     readable = found["label"] >= 0
     if not readable.any():
         raise SystemExit(f"no image of {folder.root} can be read")
+    bad = [repr(folder.samples[i][0]) for i in np.flatnonzero(~readable)]
+    if bad and args.rank == 0:
+        print(f"{name}: {len(bad)} unreadable images, not counted: {', '.join(bad[:5])}")
     reference, first = firsts.setdefault(name, (net.file, found))
     both = readable & (first["label"] >= 0)
     difference, interval = paired_difference(first["top1"][both], found["top1"][both])
@@ -380,10 +360,10 @@ def seed_rows(results: list[dict]) -> list[dict]:
         differences = [group[seed]["top1"] - base[seed]["top1"] for seed in shared]
         first, *_ = group.values()
         row = {"seeds": len(group), "first checkpoint of the group": first["checkpoint"]}
-        top1 = [result["top1"] for result in group.values()]
-        row["top-1 %, mean +- standard deviation"] = mean_and_deviation(top1)
-        row["difference to the first group, seed by seed"] = mean_and_deviation(differences, "+")
-        rows.append(row)
+        means = mean_and_deviation([result["top1"] for result in group.values()])
+        row |= {"top-1 %, mean +- standard deviation": means}
+        means = mean_and_deviation(differences, "+")
+        rows.append(row | {"difference to the first group, seed by seed": means})
     return rows
 
 
@@ -394,9 +374,7 @@ def report(results: list[dict], names: list[str]) -> None:
         if len(names) > 1:
             print(f"\n**{name}**\n")
         for result in here:
-            row = {
-                key: result[key] for key in ("checkpoint", "arch", "epoch", "selected", "images")
-            }
+            row = {field: result[field] for field in FIELDS}
             row |= {"top-1 %": result["top1"], "top-5 %": result["top5"], "difference": ""}
             if rows:
                 row["difference"] = f"{result['difference']:+.2f} +- {result['interval']:.2f}"
@@ -407,24 +385,13 @@ def report(results: list[dict], names: list[str]) -> None:
             rows.append(row | {"images/s": round(result["images_per_s"])})
         print_table(rows)
         if len(rows) > 1:
-            interval = "95 % interval over the images (not over training seeds)"
-            print(f"\ndifference: points of top-1 to the first row, with the {interval}")
+            print(
+                "\ndifference: to the first row in points, with its 95 % interval over the images"
+            )
         seeds = seed_rows(here)
         if any(row["seeds"] > 1 for row in seeds):
             print()
             print_table(seeds)
-
-
-def start_processes(args: argparse.Namespace) -> None:
-    """This rank's device and the process group; only rank 0 writes files."""
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if args.device.startswith("cuda"):
-        torch.cuda.set_device(args.device)
-    if args.world > 1:
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    if args.rank > 0:
-        args.out = args.predictions = None
 
 
 def evaluate(args, folders: dict[str, Images], texts: dict) -> list[dict]:
@@ -438,12 +405,12 @@ def evaluate(args, folders: dict[str, Images], texts: dict) -> list[dict]:
                 result, found = evaluate_folder(net, name, folder, texts, firsts, args)
                 results.append(result)
                 print(json.dumps(result), file=out, flush=True)
-                bad = [repr(folder.samples[i][0]) for i in np.flatnonzero(found["label"] < 0)]
-                if bad and args.rank == 0:
-                    paths = ", ".join(bad[:5])
-                    print(f"{name}: {len(bad)} unreadable images, not counted: {paths}")
-                if args.predictions:
-                    write_predictions(predictions, net, name, folder, found)
+                for i in np.flatnonzero(found["label"] >= 0):
+                    line = {"checkpoint": file, "data": name, "image": folder.key(i)}
+                    for field in "label", "prediction":
+                        line[field] = net.state["classes"][found[field][i]]
+                    line["probability"] = round(float(found["probability"][i]), 6)
+                    print(json.dumps(line), file=predictions)  # devnull without --predictions
     if args.predictions:
         os.replace(unfinished, args.predictions)
     return results
@@ -451,11 +418,12 @@ def evaluate(args, folders: dict[str, Images], texts: dict) -> list[dict]:
 
 def main() -> None:
     args = parse_args()
-    start_processes(args)
+    if args.world > 1:
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     folders, texts = read_folders(args.data), {}
     folder = next(iter(folders.values()))
     if args.captions:
-        index = {key: i for i, key in enumerate(folder.keys())}
+        index = {folder.key(i): i for i in range(len(folder))}
         texts["images"] = read_texts(args.captions, args.embeddings, index, every=False)
     if args.class_captions:
         files = args.class_captions, args.class_embeddings

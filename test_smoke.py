@@ -811,12 +811,14 @@ class Captioning(Base):
             self.refused("cannot take 'describe the image': .*broken", self.line("broken.jsonl"))
         self.assertEqual(list(TMP.glob("broken.jsonl*")), [])
 
-    def test_added_images(self):
+    def test_renamed_and_added_images(self):
         grown = TMP / "grown"
         shutil.copytree(WORLD / "train", grown)
         call(self.line("grown.jsonl", "--limit 4", data=grown))
+        (grown / self.keys[0]).rename(grown / f"{self.keys[0]}.png")
+        self.refused("begun with settings", self.line("grown.jsonl", data=grown))
         (grown / "a_first_class").mkdir()
-        shutil.copy(grown / self.keys[0], grown / "a_first_class" / "new.png")
+        shutil.copy(grown / self.keys[1], grown / "a_first_class" / "new.png")
         self.refused('images": "24 .*images": "25 ', self.line("grown.jsonl", data=grown))
 
     def test_full_disk(self):
@@ -1898,15 +1900,19 @@ class Evaluation(Base):
         self.assertEqual(lines_in(TMP / "damaged.jsonl"), 19)
 
     def test_cores_and_devices(self):
+        """Those of the process's affinity; the device that is named becomes the current one."""
         import evaluate
 
-        with unittest.mock.patch("os.sched_getaffinity", lambda _: {0, 5, 7}, create=True):
-            self.assertEqual(evaluate.available_cpus(), 3)
-        with unittest.mock.patch("torch.cuda.set_device") as chosen:
-            for device, expected in ("cuda", "cuda:0"), ("cuda:1", "cuda:1"):
-                args = unittest.mock.Mock(device=device, rank=0, world=1)
-                evaluate.start_processes(args)
-                chosen.assert_called_with(expected)
+        words = ["evaluate", "--data", ".", "resnet18"]
+        cores = unittest.mock.patch("os.sched_getaffinity", lambda _: {0, 5, 7}, create=True)
+        with cores, unittest.mock.patch.object(sys, "argv", words):
+            self.assertEqual(evaluate.parse_args().workers, 3)
+        gpu = unittest.mock.patch("torch.cuda.is_available", return_value=True)
+        for device, expected in ("cuda", 0), ("cuda:1", "cuda:1"):
+            argv = unittest.mock.patch.object(sys, "argv", [*words, "--device", device])
+            with gpu, argv, unittest.mock.patch("torch.cuda.set_device") as chosen:
+                evaluate.parse_args()
+            chosen.assert_called_once_with(expected)
 
     def test_refusals(self):
         judged = ["--data", WORLD / "val", TMP / "judged/last.pt"]

@@ -73,8 +73,7 @@ def parse_args() -> argparse.Namespace:
     add("--data", required=True, help="ImageNet-style folder: DIR/<class>/<image>")
     add("--out", default="captions.jsonl", help="where the captions go")
     add("--model", default=MODEL, help="hub id or folder; template: no model, the prompt itself")
-    prompt = f"{{class}} becomes the class's name; may be repeated (default: {PROMPT})"
-    add("--prompt", action="append", help=prompt)
+    add("--prompt", action="append", help=f"may hold {{class}}; repeatable (default: {PROMPT})")
     add("--class-names", help="readable names: JSON {folder: name} or lines 'folder<TAB>name'")
     add("--batch-size", type=int, default=16, help="images per generate call")
     add("--max-new-tokens", type=int, default=128, help="length limit of a caption")
@@ -103,7 +102,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if placeholders - {"{class}"}:
         p.error(f"--prompt: {placeholders} is not known, only {{class}} is")
     counts = args.batch_size, args.max_new_tokens, args.num_captions, args.workers + 1
-    if min(*counts, 1 if args.limit is None else args.limit) < 1:
+    if min(*counts, args.limit or 1) < 1:
         p.error("--batch-size, --max-new-tokens, --num-captions and --limit start at 1, -j at 0")
     if args.num_captions > 1 and args.temperature == 0:
         p.error("--num-captions above 1 needs --temperature above 0: greedy ones are all the same")
@@ -416,7 +415,8 @@ def read_published(file: str) -> list[tuple[str | None, str]]:
     """[(path, caption)]; a .csv's columns go by several names, .pth and .txt have no path."""
     try:
         if file.endswith((".pth", ".pt")):
-            return [(None, str(caption)) for caption in torch.load(file, weights_only=True)]
+            captions = torch.load(file, weights_only=True)
+            return [(None, captions[i].strip()) for i in range(len(captions))]  # a list of str
         text = Path(file).read_text(encoding="utf-8-sig", errors="replace")
     except Exception as error:  # a pickle may raise anything; weights_only runs no code of it
         raise SystemExit(f"--import {file}: cannot be read safely: {first_line(error)}") from error
@@ -449,8 +449,8 @@ def match(file: str, rows: list[tuple[str | None, str]], keys: list[str]) -> lis
             found[key].append(caption)
         unknown = len(found.pop(None, []))
         if found:
-            print(f"{unknown} of {len(rows)} rows name no image of --data (or several); ", end="")
-            print(f"{len(keys) - len(found)} of {len(keys)} images got no caption")
+            counts = f"{unknown} of {len(rows)} rows name no image (or several)"
+            print(f"{counts}; {len(keys) - len(found)} of {len(keys)} images got no caption")
             return [(key, caption) for key in keys for caption in found.get(key, [])]
     raise SystemExit(f"--import {file}: none of its {len(rows)} rows names an image of --data")
 

@@ -922,6 +922,8 @@ class Captioning(Base):
         self.refused(sentence, f"{line} --import {TMP}/short.pth")
         torch.save(Base, TMP / "code.pth")
         self.refused("--import", f"{line} --import {TMP}/code.pth")
+        torch.save(dict.fromkeys(keys, "text"), TMP / "dict.pth")
+        self.refused("cannot be read safely", f"{line} --import {TMP}/dict.pth")
 
     def test_refusals(self):
         hollow = TMP / "hollow"
@@ -1611,11 +1613,11 @@ runpy.run_path({script!r}, run_name="__main__")"""
         self.assertTrue(one != straight and one != two)
 
     def test_learned_temperature(self):
-        """It moves, but not below 0.01, from where its gradient brings it back."""
-        call(train_line("tau", "--learn-temperature --temperature 0.01 --text-adapter mlp"))
+        """It moves, but not below 0.01."""
+        call(train_line("tau", "--learn-temperature --temperature 0.005 --lr 1e-6"))
         state = torch.load(TMP / "tau" / "last.pt", weights_only=True)
-        self.assertGreaterEqual(state["net"]["log_temperature"].exp(), 0.01 - 1e-6)
-        call(train_line("tau2", "--learn-temperature --temperature 0.5"))
+        self.assertAlmostEqual(state["net"]["log_temperature"].exp().item(), 0.01, places=4)
+        call(train_line("tau2", "--learn-temperature --temperature 0.5 --text-adapter mlp"))
         state = torch.load(TMP / "tau2" / "last.pt", weights_only=True)
         self.assertNotAlmostEqual(state["net"]["log_temperature"].exp().item(), 0.5, places=4)
 

@@ -1591,9 +1591,12 @@ runpy.run_path({script!r}, run_name="__main__")"""
         keys = sorted(line["image"] for line in lines)
         captions = train.Captions(str(TMP / "order.jsonl"), str(TMP / "order.npy"), keys, None)
         rows = torch.from_numpy(np.load(TMP / "order.npy").astype(np.float32))
+        samples = [(str(WORLD / "train" / key), 0) for key in keys]
+        resize = torchvision.transforms.v2.Resize((8, 8))
+        images = train.Images(samples, 8, train.read_image, resize, captions)
         for i, key in enumerate(keys):
             own = [n for n, line in enumerate([*lines[1:], *lines[1:5]]) if line["image"] == key]
-            drawn = captions.draw(i)
+            drawn = images[i, 0][2]
             if not own:
                 self.assertFalse(drawn.any())
             else:

@@ -143,6 +143,16 @@ def load_dense(args: argparse.Namespace, folder: str, config: dict) -> nn.Sequen
     return nn.Sequential(linear, getattr(nn, activation)())
 
 
+def refuse_random_weights(model: nn.Module, missing: set[str]) -> None:
+    """Only weights that are not used here may be missing in the model's files: they become 0."""
+    used = [name for name in missing if "pooler" not in name and not name.startswith("decoder.")]
+    if used:
+        raise ValueError(f"its files lack {len(used)} of its weights, {min(used)} for one")
+    for name, parameter in model.named_parameters():
+        if name in missing:  # random, it would make the same model another one at each start
+            nn.init.zeros_(parameter)
+
+
 class TextEncoder(nn.Module):
     """A frozen text encoder: captions -> `tokenize` -> `forward` -> unit vectors [B, D]. Those of a
     sentence-transformers model's `encode(normalize_embeddings=True)`, a CLIP's projected features,
@@ -233,16 +243,6 @@ class TextEncoder(nn.Module):
         return F.normalize(self.dense(vectors), dim=-1)
 
 
-def refuse_random_weights(model: nn.Module, missing: set[str]) -> None:
-    """Only weights that are not used here may be missing in the model's files: they become 0."""
-    used = [name for name in missing if "pooler" not in name and not name.startswith("decoder.")]
-    if used:
-        raise ValueError(f"its files lack {len(used)} of its weights, {min(used)} for one")
-    for name, parameter in model.named_parameters():
-        if name in missing:  # random, it would make the same model another one at each start
-            nn.init.zeros_(parameter)
-
-
 def load_encoder(args: argparse.Namespace) -> TextEncoder:
     """The encoder on its device. Sets `args.revision` to the hub's commit, one for all ranks."""
     logging.set_verbosity_error()  # refuse_random_weights says what matters
@@ -311,8 +311,8 @@ def read_pairs(args: argparse.Namespace) -> tuple[list[list[str]], list[list[str
     random.Random(args.seed).shuffle(images)
     count = min(1000, len(images) // 10)
     if len(images) - count < args.tune_batch or not count:
-        have = f"{len(images)} of {len(captions_of)} images have them, more than --tune-batch must"
-        raise SystemExit(f"--tune-epochs: two different captions (--num-captions 2): {have}")
+        have = f"{len(images)} of {len(captions_of)} images have them, over {args.tune_batch} must"
+        raise SystemExit(f"--tune-epochs needs two captions of an image (--num-captions 2): {have}")
     return images[count:], images[:count]
 
 
@@ -360,8 +360,8 @@ def tune(args: argparse.Namespace) -> None:
         nn.utils.parametrize.remove_parametrizations(layer, "weight")  # merges
     after = caption_recall(encoder.eval(), held_out)
     save_encoder(encoder, args.tuned_out)
-    recall = f"recall@1 on {len(held_out)} held-out ones {before:.1f} % before, {after:.1f} % after"
-    print(f"{args.tuned_out}: tuned on {len(images)} images; caption-to-caption {recall}")
+    tuned = f"{args.tuned_out}: tuned on {len(images)} images; caption-to-caption recall@1 on"
+    print(f"{tuned} {len(held_out)} held-out images {before:.1f} % before, {after:.1f} % after")
 
 
 def save_encoder(encoder: TextEncoder, folder: str) -> None:
@@ -510,7 +510,7 @@ def encode_batches(args: argparse.Namespace, encoder: TextEncoder, index: Simple
     # A batch per core is 1.17 times as fast as one on all; on a GPU, one is computed, one written.
     torch.set_num_threads(1)
     with ThreadPoolExecutor(2 if gpu else cores) as pool, bar:
-        for i in range(0, len(todo), 1000):  # not all at once: a batch that waits takes 1 KB
+        for i in range(0, len(todo), 1000):  # not all at once: a batch that waits takes 2 KB
             for count in pool.map(encode, todo[i : i + 1000]):
                 bar.update(count)
     torch.set_num_threads(cores)

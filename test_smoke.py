@@ -1451,9 +1451,9 @@ class Training(Base):
         line = train_line("resumed", f"{more} --resume -j 0", data=TMP / "fewer")
         self.refused("settings differ.*images 24 .* -> 23 ", line)
         call(train_line("elsewhere", f"{more} -j 0 --resume {TMP}/resumed/last.pt"))
-        self.refused(
-            "not a last.pt", train_line("x", f"{more} -j 0 --resume {TMP}/resumed/best.pt")
-        )
+        for file, error in ("resumed/best.pt", "KeyError"), ("new/last.pt", "FileNotFoundError"):
+            line = train_line("new", f"{more} -j 0 --resume {TMP}/{file}")
+            self.refused(f"not a last.pt, {error}", line)
 
     def test_full_disk(self):
         sentence = "full/best.pt: cannot be written, is the disk full.*"
@@ -1579,6 +1579,14 @@ runpy.run_path({script!r}, run_name="__main__")"""
         self.assertIn("1 captions belong to no image", printed)
         name = broken.relative_to(world / "train")
         self.assertIn(f"1 unreadable images left out: '{name}'", printed)
+        images = sorted((world / "train").rglob("*.png"))
+        for file in images[4:20]:
+            file.write_bytes(b"nothing")
+        printed = call(train_line("few2", more, data=world))  # the seven that are left will do
+        self.assertIn("17 unreadable images left out", printed)
+        for file in images:
+            file.write_bytes(b"nothing")
+        self.refused("no training image can be read", train_line("none", more, data=world))
 
     def test_captions_are_matched_by_key(self):
         """Whatever their order in the file, of several one is drawn; none is a vector of zeros."""

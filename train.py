@@ -26,6 +26,7 @@ import ctypes
 import difflib
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -163,7 +164,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(p: argparse.ArgumentParser, args: argparse.Namespace, given: set[str]) -> None:
-    """Refuse options that cannot be, or would do nothing; `given`: those that the user typed."""
     idle = sorted(given & set(NEED_TEXT))
     if idle and not args.embeddings:
         p.error(f"{idle[0]} does nothing without --captions and --embeddings")
@@ -173,8 +173,8 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace, given: set[str])
         p.error("--learn-temperature: the cosine loss has no temperature")
     if min(args.epochs, args.batch_size, args.repeated_aug, args.val_every, args.workers + 1) < 1:
         p.error("--epochs, -b, --repeated-aug and --val-every start at 1, -j at 0")
-    if min(args.temperature, 1 if args.lr is None else args.lr) <= 0 or args.align_weight < 0:
-        p.error("--temperature and --lr start above 0, --align-weight at 0")
+    if min(args.temperature, 1 - args.ema_decay, args.lr or 1) <= 0 or args.align_weight < 0:
+        p.error("--temperature and --lr start above 0, --align-weight at 0, --ema-decay is below 1")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         p.error("--device cuda: this machine has no GPU that torch can use")
 
@@ -199,7 +199,6 @@ def list_data(data: str) -> tuple[list[str], list[tuple[str, int]], list[tuple[s
 
 
 def key_of(path: str, data: str) -> str:
-    """The image's name in captions.jsonl."""
     return os.path.relpath(path, os.path.join(data, "train")).replace(os.sep, "/")
 
 
@@ -819,7 +818,7 @@ def resume(args: argparse.Namespace, run: SimpleNamespace, settings: dict) -> di
     file = args.resume if isinstance(args.resume, str) else last
     if os.path.exists(last) and not args.resume:
         raise SystemExit(f"{last} exists: go on with --resume, or choose another --out")
-    if not args.resume or (file == last and not os.path.exists(last)):
+    if not args.resume or (args.resume is True and not os.path.exists(last)):
         versions = {m.__name__: m.__version__ for m in (torch, torchvision, transformers, np)}
         log = [{"config": vars(args) | settings, "versions": str(versions)}]
         return {"epoch": 0, "best_top1": -1.0, "log": log}
@@ -861,7 +860,7 @@ def start_process(args: argparse.Namespace) -> None:
         # PR_SET_PDEATHSIG: no rank outlives a torchrun that is killed, writing beside its successor
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if args.rank > 0:
-        sys.stdout = None  # print() is for process 0
+        sys.stdout = io.StringIO()  # print() is for process 0
     if args.device.startswith("cuda"):
         local = int(os.environ.get("LOCAL_RANK", 0))
         torch.cuda.set_device(local if args.device == "cuda" else args.device)
@@ -892,7 +891,8 @@ def check_epoch(args, run: SimpleNamespace, unreadable: set[int], samples: list)
     if unreadable:
         names = [repr(key_of(samples[i][0], args.data)) for i in sorted(unreadable)[:5]]
         print(f"{len(unreadable)} unreadable images left out: {', '.join(names)}")
-    if len(unreadable) * args.repeated_aug > len(samples) - args.batch_size * args.world_size:
+    batch = args.batch_size * args.world_size
+    if len(unreadable) * args.repeated_aug >= len(samples) // batch * batch:
         raise SystemExit("no training image can be read")
     if not all(parameter.isfinite().all() for parameter in run.net.parameters()):
         raise SystemExit(f"this epoch left weights that are not finite: not saved. {NOT_FINITE}")

@@ -17,7 +17,8 @@ Kill it at any moment and run the same line again: it goes on where it stopped. 
 a batch, always the same images of the folder's order. Each process appends one line per finished
 batch to a file of its own in FILE.jsonl.parts/; whoever finds all batches there merges them. So
 greedy decoding gives the same file on any number of processes on the same hardware, however often
-they are restarted. From GPT4Image (arXiv 2306.00693), section "describe".
+they are restarted. The parts stay, for --retry-failed and a larger --limit: remove them at the end.
+From GPT4Image (arXiv 2306.00693), section "describe".
 """
 
 import argparse
@@ -30,7 +31,6 @@ import json
 import os
 import random
 import re
-import shutil
 import textwrap
 import time
 import zlib
@@ -58,7 +58,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """The module's docstring as it stands, and the default of every option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        without = action.default is None or action.default is False  # 0 is a default, too
+        return action.help if without else super()._get_help_string(action)
 
 
 def available_cpus() -> int:
@@ -68,18 +69,18 @@ def available_cpus() -> int:
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     add, cuda = p.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
-    workers = max(1, min(4, available_cpus() - 1))
+    workers = max(1, min(4, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--data", required=True, help="ImageNet-style folder: DIR/<class>/<image>")
     add("--out", default="captions.jsonl", help="where the captions go")
-    add("--model", default=MODEL, help="hub id or folder; template: no model, the prompt itself")
+    add("--model", default=MODEL, help="hub id or folder; template: the prompt is the caption")
     add("--prompt", action="append", help=f"may hold {{class}}; repeatable (default: {PROMPT})")
     add("--class-names", help="readable names: JSON {folder: name} or lines 'folder<TAB>name'")
     add("--batch-size", type=int, default=16, help="images per generate call")
     add("--max-new-tokens", type=int, default=128, help="length limit of a caption")
     add("--num-captions", type=int, default=1, help="sampled captions per image and prompt")
     add("--temperature", type=float, default=0.0, help="0 decodes greedily")
-    add("--top-p", type=float, default=1.0, help="of the sampling")
+    add("--top-p", type=float, default=1.0, help="of the sampling: only the likeliest tokens")
     add("--seed", type=int, default=0, help="of the sampling and of --preview's choice of images")
     add("-j", "--workers", type=int, default=workers, help="processes that prepare images")
     add("--device", default=cuda, help="cuda, cuda:N or cpu")
@@ -89,7 +90,7 @@ def parse_args() -> argparse.Namespace:
     add("--limit", type=int, help="describe only the first N images of the folder's order")
     add("--retry-failed", action="store_true", help="do the batches again in which images failed")
     add("--shard", default="0/1", help="I/N: part I (from 0) of N; torchrun splits a part further")
-    add("--import", dest="published", metavar="FILE", help=".pth, .txt in folder order, or .csv")
+    add("--import", dest="published", metavar="FILE", help="somebody's .pth, .txt or .csv")
     add("--preview", metavar="PNG", help="draw twelve random images with captions, and stop")
     args = p.parse_args()
     args.prompt = args.prompt or [PROMPT]
@@ -102,8 +103,10 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if placeholders - {"{class}"}:
         p.error(f"--prompt: {placeholders} is not known, only {{class}} is")
     counts = args.batch_size, args.max_new_tokens, args.num_captions, args.workers + 1
-    if min(*counts, args.limit or 1) < 1:
+    if min(*counts, 1 if args.limit is None else args.limit) < 1:
         p.error("--batch-size, --max-new-tokens, --num-captions and --limit start at 1, -j at 0")
+    if args.model == "template" and args.prompt == [PROMPT]:
+        p.error('--model template needs a --prompt, "a photo of a {class}" for one')
     if args.num_captions > 1 and args.temperature == 0:
         p.error("--num-captions above 1 needs --temperature above 0: greedy ones are all the same")
     if args.model.startswith((".", "/")) and not os.path.isdir(args.model):
@@ -136,8 +139,8 @@ def name_classes(args: argparse.Namespace, keys: list[str]) -> dict[str, str]:
     if args.class_names:
         names = read_class_names(args.class_names)
         if missing := set(folders) - set(names):
-            first = f"{len(missing)} class folder(s), the first is {min(missing)}"
-            raise SystemExit(f"--class-names {args.class_names}: no name for {first}")
+            what = f"no name for {len(missing)} class folder(s), as {min(missing)}"
+            raise SystemExit(f"--class-names {args.class_names}: {what}")
         return {folder: names[folder] for folder in folders}
     if not all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
         return {folder: folder.replace("_", " ") for folder in folders}
@@ -347,8 +350,8 @@ def refuse_others(file: str, found: str, settings: str) -> None:
 
 
 def scan(out: str, settings: str) -> dict[range, tuple[int, str, int]]:
-    """{batch: (failed images, file, offset of its line)}; of several copies of a batch the one with
-    the fewest failures. A line that a kill cut short is no JSON, so its batch is done again."""
+    """{batch: (failed images, file, offset of its line)}, the copy with the fewest failures. A line
+    that a kill cut short is no JSON, so its batch is done again."""
     found = {}
     for file in sorted(Path(f"{out}.parts").glob("*.jsonl")):
         end = 0
@@ -364,11 +367,12 @@ def scan(out: str, settings: str) -> dict[range, tuple[int, str, int]]:
     return found
 
 
-def merge(args: argparse.Namespace, batches: list[range], found: dict, images: int) -> None:
-    """Write --out and .failed, whole, from the parts; these go when all `images` are described."""
+def merge(args: argparse.Namespace, batches: list[range], found: dict) -> None:
+    """Write --out and .failed from the parts, in the folder's order; each appears whole."""
     failed, temporary = [], f"{args.out}.parts/{args.shard}-of-{args.shards}.merged"
     with contextlib.ExitStack() as stack:
-        parts = {file: stack.enter_context(open(file, "rb")) for _, file, _ in found.values()}
+        files = {file for _, file, _ in found.values()}
+        parts = {file: stack.enter_context(open(file, "rb")) for file in files}
         captions = stack.enter_context(open(temporary, "wb"))
         for batch in batches:
             _, file, offset = found[batch]
@@ -376,17 +380,15 @@ def merge(args: argparse.Namespace, batches: list[range], found: dict, images: i
             records = json.loads(parts[file].readline())["records"]
             captions.write(jsonl(record for record in records if "caption" in record))
             failed += [record for record in records if "error" in record]
+    os.replace(temporary, args.out)
     Path(f"{temporary}.failed").write_bytes(jsonl(failed))
     os.replace(f"{temporary}.failed", f"{args.out}.failed")
-    os.replace(temporary, args.out)
     if len(failed) == args.limit:
         raise SystemExit(f"none of the images could be described: see {args.out}.failed")
     if failed:
         print(f"{len(failed)} images failed, listed in {args.out}.failed")
     else:
-        os.remove(f"{args.out}.failed")
-        if args.limit == images:
-            shutil.rmtree(f"{args.out}.parts", ignore_errors=True)
+        Path(f"{args.out}.failed").unlink(missing_ok=True)
     print(summary(args.out))
 
 
@@ -395,8 +397,9 @@ def write_whole(out: str, records: Iterable[dict]) -> None:
     content = jsonl(records)
     if os.path.exists(out) and Path(out).read_bytes() != content:
         raise SystemExit(f"{out} holds other captions: choose another --out, or move it away")
-    Path(f"{out}.tmp").write_bytes(content)
-    os.replace(f"{out}.tmp", out)
+    temporary = f"{out}.tmp-{os.getpid()}"
+    Path(temporary).write_bytes(content)
+    os.replace(temporary, out)
     print(summary(out))
 
 
@@ -422,7 +425,7 @@ def read_published(file: str) -> list[tuple[str | None, str]]:
         raise SystemExit(f"--import {file}: cannot be read safely: {first_line(error)}") from error
     if not file.endswith(".csv"):
         return [(None, line) for line in text.removesuffix("\n").split("\n")]
-    first, *rows = csv.reader(io.StringIO(text))
+    first, *rows = list(csv.reader(io.StringIO(text))) or [[]]
     columns = [name.strip().lower() for name in first]
     path = next((columns.index(name) for name in PATHS if name in columns), None)
     caption = next((columns.index(name) for name in TEXTS if name in columns), None)
@@ -436,10 +439,9 @@ def match(file: str, rows: list[tuple[str | None, str]], keys: list[str]) -> lis
     folder and file name, else by a file name that is only once there; or follow that order."""
     if not rows or rows[0][0] is None:
         if len(rows) != len(keys):
-            both = f"{len(rows)} captions, but --data has {len(keys)} images"
-            raise SystemExit(f"--import {file}: {both}: by position they cannot be matched")
+            raise SystemExit(f"--import: {len(rows)} captions, but --data has {len(keys)} images")
         return [(key, caption) for key, (_, caption) in zip(keys, rows, strict=True)]
-    for parts in (0, 2, 1):
+    for parts in (0, 2, 1):  # [-0:] is the whole path
         known, found = {}, collections.defaultdict(list)
         for key in keys:
             name = "/".join(key.split("/")[-parts:])
@@ -449,8 +451,8 @@ def match(file: str, rows: list[tuple[str | None, str]], keys: list[str]) -> lis
             found[key].append(caption)
         unknown = len(found.pop(None, []))
         if found:
-            counts = f"{unknown} of {len(rows)} rows name no image (or several)"
-            print(f"{counts}; {len(keys) - len(found)} of {len(keys)} images got no caption")
+            nameless = len(keys) - len(found)
+            print(f"{unknown} of {len(rows)} rows name no image; {nameless} images got no caption")
             return [(key, caption) for key in keys for caption in found.get(key, [])]
     raise SystemExit(f"--import {file}: none of its {len(rows)} rows names an image of --data")
 
@@ -487,7 +489,9 @@ def preview(args: argparse.Namespace, keys: list[str], names: dict[str, str]) ->
     contact_sheet(args.preview, args.data, shown)
 
 
-def existing(args: argparse.Namespace, keys: list[str], names: dict[str, str]) -> Iterable[dict]:
+def without_model(
+    args: argparse.Namespace, keys: list[str], names: dict[str, str]
+) -> Iterable[dict]:
     """Captions that need no model: somebody's, or the prompt itself with the class's name in it."""
     if args.published:
         source = {"model": f"import:{os.path.basename(args.published)}", "prompt": ""}
@@ -509,7 +513,7 @@ def settings_of(args: argparse.Namespace, keys: list[str], names: dict[str, str]
     return json.dumps(settings | {"images": f"{len(keys)} ({checksum:08x})"})
 
 
-def describe(batches: Batches, todo: list[range], settings: str, before: int) -> None:
+def describe_batches(batches: Batches, todo: list[range], settings: str, before: int) -> None:
     """Append a line for each batch of `todo`; this process has `before` images behind it."""
     args, model = batches.args, batches.describer
     own = f"{args.out}.parts/{args.shard}-of-{args.shards}.jsonl"
@@ -546,26 +550,22 @@ def run(args: argparse.Namespace, keys: list[str], names: dict[str, str]) -> Non
     """Describe what is not on the disk; the process that finds all batches there merges them."""
     settings = settings_of(args, keys, names)
     if os.path.exists(args.out) and not os.path.isdir(f"{args.out}.parts"):
-        with open(args.out, "rb") as stream:
-            refuse_others(args.out, json.loads(stream.readline()).get("settings"), settings)
-        print(f"nothing to do: {summary(args.out)}")
-        return
+        raise SystemExit(
+            f"{args.out} is there, its parts are not: choose another --out, or move it"
+        )
     starts = range(0, args.limit, args.batch_size)
     batches = [range(start, min(start + args.batch_size, args.limit)) for start in starts]
     mine, found = batches[args.shard :: args.shards], scan(args.out, settings)
     todo = [b for b in mine if b not in found or (args.retry_failed and found[b][0])]
     if todo:
         before = sum(map(len, mine)) - sum(map(len, todo))
-        describe(Batches(args, keys, names, Describer(args)), todo, settings, before)
-    try:
-        found = scan(args.out, settings)
-        done = sum(batch in found for batch in batches)
-        if done == len(batches):
-            merge(args, batches, found, len(keys))
-        else:
-            print(f"{done} of {len(batches)} batches are done; the last process writes {args.out}")
-    except FileNotFoundError:  # another process has merged the parts at this moment
-        print(f"{args.out}: written by another process")
+        describe_batches(Batches(args, keys, names, Describer(args)), todo, settings, before)
+    found = scan(args.out, settings)
+    done = sum(batch in found for batch in batches)
+    if done == len(batches):
+        merge(args, batches, found)
+    else:
+        print(f"{done} of {len(batches)} batches are done; the last process writes {args.out}")
 
 
 def main() -> None:
@@ -573,10 +573,10 @@ def main() -> None:
     keys = list_images(args.data)
     names = name_classes(args, keys)
     args.limit = min(args.limit or len(keys), len(keys))
-    if args.published or args.model == "template":
-        write_whole(args.out, existing(args, keys, names))
-    elif args.preview:
+    if args.preview:
         preview(args, keys[: args.limit], names)
+    elif args.published or args.model == "template":
+        write_whole(args.out, without_model(args, keys, names))
     else:
         run(args, keys, names)
 

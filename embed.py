@@ -12,7 +12,7 @@ Launch (all-MiniLM-L6-v2; the paper's kind of encoder; an LLM; an LLM, tuned as 
     python embed.py --captions captions.jsonl --model meta-llama/Llama-3.2-1B \\
         --tune-epochs 1 --lora-rank 16 --tuned-out tuned
 
-Killed at any moment, the same line goes on with the batches that are missing (tuning starts over).
+Killed at any moment, the same line goes on with the batches that are missing (but tunes anew).
 Memory does not grow with the captions, but for some 50 bytes each (tuning holds them all).
 """
 
@@ -51,7 +51,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """The module's docstring as it stands, and the default of every option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        without = action.default is None or action.default is False  # 0 is a default, too
+        return action.help if without else super()._get_help_string(action)
 
 
 def parse_args() -> argparse.Namespace:
@@ -67,16 +68,18 @@ def parse_args() -> argparse.Namespace:
     add("--prefix", help='put before each caption ("query: "); else the default prompt of --model')
     add("--max-length", type=int, help="tokens kept of a caption; else the limit of --model")
     add("--batch-size", type=int, default=1024, help="most captions in a batch")
-    add("--batch-tokens", type=int, help="most with padding; else 1024 on a CPU, 32768 on a GPU")
+    add("--batch-tokens", type=int, help="most tokens in a batch; else 1024, on a GPU 32768")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda[:N] or cpu")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
-    add("--dtype", default="auto", choices=dtypes, help="auto: as saved; float32 on GPUs: autocast")
+    add(
+        "--dtype", default="auto", choices=dtypes, help="auto: as saved (float32: float16 autocast)"
+    )
     add("--out-dtype", default="float16", choices=["float16", "float32"], help="of the rows")
     add("--tune-epochs", type=int, default=0, help="LLM2CLIP's tuning, on images with two captions")
     add("--tuned-out", default="tuned", metavar="DIR", help="the tuned encoder's model folder")
     add("--tune-batch", type=int, default=64, help="images, of two captions each, per step")
     add("--tune-lr", type=float, help="peak; else 2e-4 with --lora-rank (LLM2CLIP's), 5e-5 without")
-    add("--lora-rank", type=int, default=0, help="of a LoRA (LLM2CLIP: 16), which 8B need; 0: none")
+    add("--lora-rank", type=int, default=0, help="tune a LoRA of this rank (LLM2CLIP: 16); 0: all")
     add("--seed", type=int, default=0, help="of the tuning")
     args = p.parse_args()
     args.metadata, args.temporary = args.out.removesuffix(".npy") + ".json", args.out + ".tmp"
@@ -89,7 +92,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_args(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if min(args.batch_size, args.batch_tokens, args.tune_batch, (args.max_length or 3) - 2) < 1:
+    length = 3 if args.max_length is None else args.max_length
+    if min(args.batch_size, args.batch_tokens, args.tune_batch, length - 2) < 1:
         p.error("--batch-size, --batch-tokens and --tune-batch start at 1, --max-length at 3")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         p.error("--device cuda: this machine has no GPU that torch can use")
@@ -216,7 +220,7 @@ class TextEncoder(nn.Module):
         if self.fill or any(cut):
             limit = {"max_length": self.max_length, "padding": "max_length" if self.fill else False}
             ids = self.tokenizer(texts, truncation=True, **limit)["input_ids"]
-        return ids, cut
+        return [row or [self.tokenizer.pad_token_id or 0] for row in ids], cut  # at least a token
 
     def forward(self, token_ids: list) -> Tensor:
         """Unit vectors [B, D], float32, of B lists (or arrays) of token ids."""
@@ -466,8 +470,11 @@ def plan_batches(lengths: np.ndarray, batch_size: int, batch_tokens: int) -> lis
 def prepare_rows(args: argparse.Namespace, plan: dict, index: SimpleNamespace, width: int) -> None:
     """Rows, a tick per batch (.done), what both belong to (.plan); or a killed run's, same plan."""
     file = args.temporary
-    if os.path.exists(file) and read_json(file + ".plan") == plan:
-        return
+    if read_json(file + ".plan") == plan:
+        if not os.path.exists(file) and not os.path.exists(args.metadata):
+            os.replace(args.out, file)  # a kill in finish(), between the rows and the description
+        if os.path.exists(file):
+            return
     Path(file + ".plan").unlink(missing_ok=True)  # first: it never stands beside rows of another
     np.lib.format.open_memmap(file, "w+", args.out_dtype, (len(index.lines), width)).flush()
     if hasattr(os, "posix_fallocate"):  # a full disk says so now; later it would kill the process
@@ -576,6 +583,8 @@ def main() -> None:
             dist.barrier()
         if args.rank == 0:
             finish(args, identity, index, speed * args.world)
+    except torch.OutOfMemoryError as error:
+        raise SystemExit("out of memory: start again with a smaller --batch-tokens") from error
     except OSError as error:
         raise SystemExit(f"{first_line(error)}; start the same command again to go on") from error
 

@@ -196,18 +196,19 @@ class Checkpoint(nn.Module):
         if numbered == folder.classes:
             return [int(name) for name in numbered]
         if unknown:
-            known = (
-                "published weights know class folders by number, or by name beside a full folder"
-            )
             what = f"{len(unknown)} class(es) that {self.file} does not know, the first is"
-            raise SystemExit(f"{folder.root} has {what} '{unknown[0]}'; {known}")
+            hint = "published weights know class folders by number, or by name beside a full folder"
+            hint = f"; {hint}" if self.file in PUBLISHED else ""
+            raise SystemExit(f"{folder.root} has {what} '{unknown[0]}'{hint}")
         return [index[name] for name in folder.classes]
 
     def load_head(self, encoder: dict) -> None:
         """train.py's projection head h, from its weights alone; refused for others' embeddings."""
         weights, trained_on = self.state.get("projection"), self.state["settings"].get("text")
         if not weights or self.state["settings"]["text_adapter"] != "none":
-            raise SystemExit(f"{self.file} has no projection head for embeddings as they are")
+            raise SystemExit(
+                f"{self.file} has no projection head, or a text adapter: no texts with it"
+            )
         for name in "width", "pooling", "prefix", "weights_sha256":
             theirs, ours = encoder.get(name), trained_on.get(name)
             if theirs != ours:
@@ -352,6 +353,7 @@ def seed_rows(results: list[dict]) -> list[dict]:
     groups, rows = {}, []
     for result in results:
         same = result["settings"] | {"seed": None, "selected": result["selected"]}
+        same["epoch"] = "best" in result["selected"] or result["epoch"]  # not with unfinished runs
         group = groups.setdefault(json.dumps(same, sort_keys=True), {})
         group[result["settings"].get("seed")] = result
     base = next(iter(groups.values()))
@@ -385,9 +387,7 @@ def report(results: list[dict], names: list[str]) -> None:
             rows.append(row | {"images/s": round(result["images_per_s"])})
         print_table(rows)
         if len(rows) > 1:
-            print(
-                "\ndifference: to the first row in points, with its 95 % interval over the images"
-            )
+            print("\ndifference: to the first row, in points, with its 95 % interval over images")
         seeds = seed_rows(here)
         if any(row["seeds"] > 1 for row in seeds):
             print()

@@ -650,9 +650,12 @@ class Captioning(Base):
         part.write_bytes(content[: content.rstrip().rindex(b"\n") + 30])  # cut while it was written
         call(self.line(out.name))
         self.assertEqual(out.read_bytes(), self.whole)
-        self.assertEqual(list(TMP.glob("killed.jsonl?*")), [])
-        self.assertIn("nothing to do", call(self.line(out.name)))
+        self.assertEqual(list(TMP.glob("killed.jsonl?*")), [part.parent])
+        with unittest.mock.patch("caption.Describer", side_effect=AssertionError("not needed")):
+            call(self.line(out.name))
         self.assertEqual(out.read_bytes(), self.whole)
+        shutil.rmtree(part.parent)
+        self.refused("its parts are not", self.line(out.name))
 
     def test_shards_and_torchrun_give_the_same_file(self):
         for shard in "1/3", "0/3":
@@ -666,7 +669,7 @@ class Captioning(Base):
         self.assertFalse(out.exists())
         shell(self.line(out.name), processes=2)
         self.assertEqual(out.read_bytes(), self.whole)
-        self.assertEqual(list(TMP.glob("torchrun.jsonl?*")), [])
+        self.assertEqual(list(TMP.glob("torchrun.jsonl?*")), [parts[0].parent])
 
     def test_from_several_processes_to_one(self):
         """What two shards of three did is not done again, and --out is never partial."""
@@ -693,6 +696,20 @@ class Captioning(Base):
             self.assertEqual(out.read_bytes(), b"".join(self.whole.splitlines(True)[:4]))
             self.assertFalse((TMP / "copies.jsonl.failed").exists())
 
+    def test_few_open_files(self):
+        """The merge opens each part once, not each batch."""
+        import resource  # not on Windows
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        used = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 64
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 12, hard))
+        try:
+            call(self.line("handles.jsonl", "--batch-size 1"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        found = [line["caption"] for line in read_lines(TMP / "handles.jsonl")]
+        self.assertEqual(found, self.captions)
+
     def test_limit_then_all(self):
         call(self.line("limit.jsonl", "--limit 5"))
         self.assertEqual(lines_in(TMP / "limit.jsonl"), 5)
@@ -701,7 +718,7 @@ class Captioning(Base):
 
     def test_no_mixed_files(self):
         self.assertTrue(self.whole)
-        for other in "--prompt a", "--max-new-tokens 7", "--revision other":
+        for other in "--prompt a", "--max-new-tokens 7", "--revision other", "--batch-size 3":
             self.refused("was begun with settings", self.line("whole.jsonl", other))
         call(self.line("begun.jsonl", "--limit 4"))
         self.refused("was begun with settings .*describe", self.line("begun.jsonl", "--prompt a"))
@@ -1175,6 +1192,31 @@ class Embedding(Base):
         self.assertTrue(np.array_equal(found, want))
         self.assertIn("nothing to do", call("embed", *options))
         self.assertEqual(list(TMP.glob("killed.npy.tmp*")), [])
+
+    def test_killed_between_the_rows_and_their_description(self):
+        import embed
+
+        out, write_json = TMP / "between.npy", embed.write_json
+
+        def killed(file: str, content) -> None:
+            if file == str(TMP / "between.json"):
+                raise KeyboardInterrupt
+            write_json(file, content)
+
+        with unittest.mock.patch("embed.write_json", killed), self.assertRaises(KeyboardInterrupt):
+            self.embed(CAPTIONS, out.name, ENCODER)
+        rows = np.lib.format.open_memmap(out, "r+")
+        rows[0] *= -1  # a mark: nothing is done again
+        want = rows.copy()
+        del rows
+        self.embed(CAPTIONS, out.name, ENCODER)
+        self.assertTrue(np.array_equal(np.load(out), want))
+        self.assertTrue((TMP / "between.json").exists())
+
+    def test_an_empty_caption_without_special_tokens(self):
+        write_lines(TMP / "empty.jsonl", [{"image": "x", "caption": ""}])
+        self.embed(TMP / "empty.jsonl", "empty.npy", ENCODER)
+        self.assertTrue(np.isfinite(np.load(TMP / "empty.npy")).all())
 
     def test_refusals(self):
         bad = TMP / "bad.jsonl"
@@ -1750,7 +1792,9 @@ class Evaluation(Base):
                 one = {"checkpoint": f"{name}-{seed}", "top1": top1}
                 rows.append(same | one | {"settings": {"name": name, "seed": seed}})
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            evaluate.report([*rows, rows[0]], ["val"])  # a run that is named twice counts once
+            unfinished = rows[1] | {"epoch": 0, "top1": 90.0, "checkpoint": "half"}
+            # a run that is named twice counts once, one that is not finished is not like the others
+            evaluate.report([*rows, rows[0], unfinished], ["val"])
         self.assertIn("| 2 | plain-1 | 12.00 +- 2.83 |  |", printed.getvalue())
         self.assertIn("| 3 | aligned-1 | 28.00 +- 19.08 | +5.00 +- 1.41 |", printed.getvalue())
 

@@ -84,7 +84,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """The module's docstring as it stands, and the default of every option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        without = action.default is None or action.default is False  # 0 is a default, too
+        return action.help if without else super()._get_help_string(action)
 
 
 def available_cpus() -> int:
@@ -110,34 +111,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--recipe", default="resnet", choices=RECIPES, help="other defaults: see below")
     add("--arch", default="resnet50", help="torchvision classifier, or transformers' id or folder")
     add("--pretrained", action=flag, default=False, help="start from published weights")
-    add("--epochs", type=int, default=120)
+    add("--epochs", type=int, default=120, help="passes over the training images")
     add("-b", "--batch-size", type=int, default=256, help="images per process")
     add("--lr", type=float, help="peak learning rate (the recipe's, scaled with the global batch)")
     add("--optimizer", default="sgd", choices=["sgd", "adamw"], help="sgd: with momentum 0.9")
-    add("--weight-decay", type=float, default=1e-4)
-    add("--decay-norms", action=flag, default=True, help="and biases, position embeddings")
+    add("--weight-decay", type=float, default=1e-4, help="decoupled for adamw")
+    add("--decay-norms", action=flag, default=True, help="weight decay on norms and biases, too")
     add("--warmup-epochs", type=int, default=0, help="linear warm-up before the cosine")
-    add("--warmup-lr", type=float, default=1e-6, help="where the warm-up begins")
+    add("--warmup-lr", type=float, default=1e-6, help="learning rate at the start of it")
     add("--min-lr", type=float, default=1e-5, help="where the cosine ends")
-    add("--label-smoothing", type=float, default=0.0)
+    add("--label-smoothing", type=float, default=0.0, help="of the cross-entropy")
     add("--mixup", type=float, default=0.0, help="Beta parameter, 0 = off")
     add("--cutmix", type=float, default=0.0, help="the same; with both each batch draws one")
     add("--randaugment", type=int, default=0, help="magnitude 0..30 (timm's m9 is 27)")
-    add("--color-jitter", type=float, default=0.0)
+    add("--color-jitter", type=float, default=0.0, help="of brightness, contrast, saturation")
     add("--random-erasing", type=float, default=0.0, help="probability")
-    add("--repeated-aug", type=int, default=1, help="copies of an image, in an epoch as long")
-    add("--drop-path", type=float, default=0.0, help="stochastic depth, where there is any")
+    add("--repeated-aug", type=int, default=1, help="N: 1/N of the images, N times each")
+    add("--drop-path", type=float, default=0.0, help="stochastic depth: rate in the last block")
     add("--ema-decay", type=float, default=0.0, help="averaged weights, 0 = off")
     add("--clip-grad", type=float, default=0.0, help="largest norm of the gradient, 0 = off")
     add("--input-size", type=int, help="pixels (what the architecture was published with)")
-    add("--interpolation", default="bilinear", choices=["bilinear", "bicubic"])
-    add("--crop-ratio", type=float, default=0.875, help="validation: crop / resized side")
+    add("--interpolation", default="bilinear", choices=["bilinear", "bicubic"], help="of resizing")
+    add("--crop-ratio", type=float, default=0.875, help="validation: resize to input size / this")
     add("--align-loss", default="clip", choices=["clip", "infonce", "cosine"], help="L_align")
     add("--align-weight", type=float, default=0.075, help="lambda, at any number of processes")
     add("--temperature", type=float, default=0.2, help="tau of the contrastive losses")
     add("--learn-temperature", action="store_true", help="train tau, as CLIP does")
     add("--projection", default="mlp", choices=["mlp", "linear"], help="the head h")
-    add("--text-adapter", default="none", choices=["none", "mlp"], help="mlp: LLM2CLIP's, on t")
+    add("--text-adapter", default="none", choices=["none", "mlp"], help="mlp: train one behind t")
     add("--shuffle-captions", action="store_true", help="the control: captions of other images")
     add("--mix-text", action=flag, default=True, help="align a mixed image with both captions")
     add("--amp", default="auto", choices=amp, help="auto: on a GPU, bfloat16 if it can")
@@ -146,12 +147,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of everything that is drawn")
     add("-j", "--workers", type=int, default=workers, help="data loading processes")
     add("--device", default=cuda, help="cuda, cuda:N or cpu")
-    add(
-        "--resume",
-        nargs="?",
-        const=True,
-        help="go on from RUN/last.pt if it is there, or from this",
-    )
+    add("--resume", nargs="?", const=True, metavar="FILE", help="go on from RUN/last.pt, else FILE")
     recipe = RECIPES[p.parse_args(argv).recipe].split()
     args = p.parse_args([*recipe, *argv])
     check(p, args, {word.split("=")[0] for word in argv})
@@ -164,6 +160,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(p: argparse.ArgumentParser, args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse what cannot be, or would do nothing; `given`: the options that the user typed."""
     idle = sorted(given & set(NEED_TEXT))
     if idle and not args.embeddings:
         p.error(f"{idle[0]} does nothing without --captions and --embeddings")
@@ -173,7 +170,8 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace, given: set[str])
         p.error("--learn-temperature: the cosine loss has no temperature")
     if min(args.epochs, args.batch_size, args.repeated_aug, args.val_every, args.workers + 1) < 1:
         p.error("--epochs, -b, --repeated-aug and --val-every start at 1, -j at 0")
-    if min(args.temperature, 1 - args.ema_decay, args.lr or 1) <= 0 or args.align_weight < 0:
+    positive = args.temperature, 1 - args.ema_decay, 1 if args.lr is None else args.lr
+    if min(positive) <= 0 or args.align_weight < 0:
         p.error("--temperature and --lr start above 0, --align-weight at 0, --ema-decay is below 1")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         p.error("--device cuda: this machine has no GPU that torch can use")
@@ -199,6 +197,7 @@ def list_data(data: str) -> tuple[list[str], list[tuple[str, int]], list[tuple[s
 
 
 def key_of(path: str, data: str) -> str:
+    """The image's name in captions.jsonl."""
     return os.path.relpath(path, os.path.join(data, "train")).replace(os.sep, "/")
 
 
@@ -221,9 +220,7 @@ class Captions:
             advice = f"run caption.py, then embed.py --captions {captions}"
             raise SystemExit(f"{first_line(error)}: {advice}") from error
         if digest != self.identity.get("captions_sha256"):
-            raise SystemExit(
-                f"{captions} is not what {embeddings} is made from: run embed.py again"
-            )
+            raise SystemExit(f"{captions} is not what {embeddings} holds: run embed.py again")
         self.rows = np.array([row for rows in rows_of.values() for row in rows], np.int64)
         self.starts = np.cumsum([0, *map(len, rows_of.values())])
         self.foreign, shape = len(foreign), (len(self.rows) + len(foreign), table.shape[-1])
@@ -449,7 +446,7 @@ def add_drop_path(model: nn.Module, arch: str, rate: float) -> None:
             block.dropout = nn.Sequential(block.dropout, depths[-2])
             block.mlp.append(depths[-1])
     if not depths:
-        raise SystemExit(f"--drop-path: {arch} has no stochastic depth: leave the option out")
+        raise SystemExit(f"--drop-path: {arch} has no stochastic depth: pass --drop-path 0")
     for i, depth in enumerate(depths):
         depth.p = rate * i / max(1, len(depths) - 1)
 
@@ -476,7 +473,7 @@ def last_layer(model: nn.Module, num_classes: int) -> nn.Module:
         sizes = getattr(module, "out_features", None), getattr(module, "out_channels", None)
         if num_classes in sizes:
             return module
-    raise SystemExit("this architecture has no classification layer that could be found")
+    raise SystemExit("no classification layer could be found: choose another --arch")
 
 
 class Aligned(nn.Module):
@@ -515,7 +512,7 @@ class Aligned(nn.Module):
 
 
 def projection_head(kind: str, width: int, text_width: int, batch_norm: bool) -> nn.Module:
-    """The head h, [n, width] -> [n, text_width]: official ResNet's, without batch norm DeiT's."""
+    """The head h: with batch norm as the authors' ResNet has it, without as their DeiT."""
     if kind == "linear":
         return nn.Linear(width, text_width, bias=False)
     first = nn.Linear(width, 2 * text_width, bias=not batch_norm)
@@ -617,9 +614,9 @@ def mix_images(images: torch.Tensor, args, rng: np.random.Generator) -> tuple[to
     centre, half = rng.integers(size, size=2), size * (1 - lam) ** 0.5 / 2
     top, left = (centre - half).clip(0, size).astype(int)
     bottom, right = (centre + half).clip(0, size).astype(int)
-    mixed = images.clone()
-    mixed[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
-    return mixed, 1 - (bottom - top) * (right - left) / size**2
+    pasted = images.clone()
+    pasted[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
+    return pasted, 1 - (bottom - top) * (right - left) / size**2
 
 
 def mixed(loss: Callable, lam: float, *targets: torch.Tensor) -> torch.Tensor:
@@ -794,7 +791,8 @@ def validate(run: SimpleNamespace, loader: DataLoader) -> float:
 def settings_of(args, samples: list[tuple[str, int]], captions: Captions | None, amp) -> dict:
     """All that decides about the weights; evaluate.py groups runs by it."""
     free = ["data", "out", "captions", "embeddings", "device", "workers", "rank", "resume"]
-    settings = {name: value for name, value in vars(args).items() if name not in [*free, "compile"]}
+    free += ["compile", "val_every"]
+    settings = {name: value for name, value in vars(args).items() if name not in free}
     checksum = 0
     for path, label in samples:
         checksum = zlib.crc32(os.fsencode(f"{key_of(path, args.data)} {label}"), checksum)
@@ -815,7 +813,7 @@ def save(state: dict, file: str) -> None:
 def resume(args: argparse.Namespace, run: SimpleNamespace, settings: dict) -> dict:
     """Restore the run; {"epoch", "best_top1", "log"}, of a new one if there is no checkpoint."""
     last = os.path.join(args.out, "last.pt")
-    file = args.resume if isinstance(args.resume, str) else last
+    file = last if os.path.exists(last) or args.resume is True else args.resume
     if os.path.exists(last) and not args.resume:
         raise SystemExit(f"{last} exists: go on with --resume, or choose another --out")
     if not args.resume or (args.resume is True and not os.path.exists(last)):
@@ -837,7 +835,7 @@ def resume(args: argparse.Namespace, run: SimpleNamespace, settings: dict) -> di
 
 
 def save_epoch(args, run: SimpleNamespace, progress: dict, plain: dict) -> None:
-    """Print the epoch; write best.pt if it is the best one, last.pt, and the log."""
+    """Print the epoch; write best.pt if it is the best one, the log, and last.pt."""
     entry, model, folder = progress["log"][-1], run.net.model, args.out
     figures = [f"{name} {x:.4g}" for name, x in entry.items() if isinstance(x, float)]
     print(f"epoch {progress['epoch']}/{args.epochs}: {', '.join(figures)}")
@@ -848,11 +846,11 @@ def save_epoch(args, run: SimpleNamespace, progress: dict, plain: dict) -> None:
     if entry.get("val_top1", -1.0) > progress["best_top1"]:
         progress["best_top1"] = entry["val_top1"]
         save(plain | {"selected": "best epoch on the validation folder"}, f"{folder}/best.pt")
-    parts = {name: part.state_dict() for name, part in run.parts.items()}
-    save(plain | {"selected": "last epoch"} | parts | progress, f"{folder}/last.pt")
     with open(f"{folder}/log.jsonl.tmp", "w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(line) + "\n" for line in progress["log"])
     os.replace(f"{folder}/log.jsonl.tmp", f"{folder}/log.jsonl")
+    parts = {name: part.state_dict() for name, part in run.parts.items()}
+    save(plain | {"selected": "last epoch"} | parts | progress, f"{folder}/last.pt")
 
 
 def start_process(args: argparse.Namespace) -> None:
@@ -873,10 +871,10 @@ def describe_run(args, model: nn.Module, data: tuple, captions: Captions | None)
     classes, samples, val_samples = data
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     described = np.count_nonzero(np.diff(captions.starts)) if captions else 0
-    images = (
-        f"{len(samples)} training images ({described} with captions), {len(val_samples)} in val"
+    images = f"{len(samples)} training images ({described} with captions)"
+    batch = (
+        f"{len(val_samples)} of val/, batch {args.batch_size} x {args.world_size}, lr {args.lr:g}"
     )
-    batch = f"batch {args.batch_size} x {args.world_size}, lr {args.lr:g}"
     print(f"{args.arch}, {size:.2f} M parameters, {len(classes)} classes, {images}, {batch}")
     if captions and captions.foreign:
         print(f"{captions.foreign} captions belong to no image of train/")

@@ -429,7 +429,7 @@ def read_published(file: str) -> list[tuple[str | None, str]]:
     columns = [name.strip().lower() for name in first]
     path = next((columns.index(name) for name in PATHS if name in columns), None)
     caption = next((columns.index(name) for name in TEXTS if name in columns), None)
-    if path is None or caption is None:
+    if None in (path, caption):
         raise SystemExit(f"--import {file}: needs one of {PATHS} and of {TEXTS}, has {columns}")
     return [(row[path], row[caption]) for row in rows if len(row) > max(path, caption)]
 

@@ -822,14 +822,14 @@ def resume(args: argparse.Namespace, run: SimpleNamespace, settings: dict) -> di
         return {"epoch": 0, "best_top1": -1.0, "log": log}
     try:
         state = torch.load(file, map_location=args.device, weights_only=True)
-        found, parts = state["settings"], {name: state[name] for name in run.parts}
-    except Exception as error:  # best.pt, say, or a pickle of code
+        found, _ = state["settings"], state["net"]  # which best.pt lacks
+    except Exception as error:  # a pickle of code may raise anything
         raise SystemExit(f"--resume {file}: not a last.pt, {first_line(error)}") from error
     changed = [f"{k} {found.get(k)} -> {v}" for k, v in settings.items() if found.get(k) != v]
     if changed:
         raise SystemExit(f"--resume {file}: these settings differ: {'; '.join(changed)}")
     for name, part in run.parts.items():
-        part.load_state_dict(parts[name])
+        part.load_state_dict(state[name])
     print(f"resuming {file} after epoch {state['epoch']} of {args.epochs}")
     return {name: state[name] for name in ("epoch", "best_top1", "log")}
 

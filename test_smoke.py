@@ -1533,6 +1533,7 @@ runpy.run_path({script!r}, run_name="__main__")"""
 
     def test_architectures(self):
         sizes = {
+            "mnasnet0_5": 32,
             "mobilenet_v3_small": 32,
             "googlenet": 64,
             "vit_b_16": 32,

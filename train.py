@@ -434,7 +434,8 @@ def load_fitting(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Load all but the layers whose shape differs, as it does with the number of classes."""
     own = model.state_dict()
     fitting = {name: x for name, x in state.items() if name in own and x.shape == own[name].shape}
-    model.load_state_dict(own | fitting)
+    own.update(fitting)  # in place: MNASNet wants the metadata, too
+    model.load_state_dict(own)
 
 
 def add_drop_path(model: nn.Module, arch: str, rate: float) -> None:
@@ -461,7 +462,8 @@ def freeze_unused(model: nn.Module, args: argparse.Namespace) -> None:
     except Exception as error:
         sentence = f"does not take images of {args.input_size} pixels"
         raise SystemExit(f"--arch {args.arch} {sentence}: {first_line(error)}") from error
-    model.load_state_dict(buffers, strict=False)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None

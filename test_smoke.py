@@ -31,6 +31,7 @@ import unittest.mock
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to others
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
@@ -1693,6 +1694,11 @@ runpy.run_path({script!r}, run_name="__main__")"""
         self.refused(sentence, line(f"--embeddings {TMP}/flat.npy"))
         sentence = "not finite in the 50 steps up to step 3 of epoch 1 .CE nan|CE inf"
         self.refused(sentence, line("--lr 1e30 --epochs 2"))
+
+    def test_out_that_is_a_file_is_refused_before_training(self):
+        training = unittest.mock.patch("train.train_epoch", side_effect=AssertionError)
+        with training, self.assertRaises(FileExistsError):
+            call(train_line(CAPTIONS.name))
 
     def test_an_empty_val_is_refused(self):
         shutil.copytree(WORLD / "train", TMP / "no-val/train")

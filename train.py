@@ -814,6 +814,7 @@ def save(state: dict, file: str) -> None:
 
 def resume(args: argparse.Namespace, run: SimpleNamespace, settings: dict) -> dict:
     """Restore the run; {"epoch", "best_top1", "log"}, of a new one if there is no checkpoint."""
+    os.makedirs(args.out, exist_ok=True)  # now, not after an epoch
     last = os.path.join(args.out, "last.pt")
     file = last if os.path.exists(last) or args.resume is True else args.resume
     if os.path.exists(last) and not args.resume:
@@ -841,7 +842,6 @@ def save_epoch(args, run: SimpleNamespace, progress: dict, plain: dict) -> None:
     entry, model, folder = progress["log"][-1], run.net.model, args.out
     figures = [f"{name} {x:.4g}" for name, x in entry.items() if isinstance(x, float)]
     print(f"epoch {progress['epoch']}/{args.epochs}: {', '.join(figures)}")
-    os.makedirs(folder, exist_ok=True)
     plain = plain | {"model": model.state_dict(), "val_top1": entry.get("val_top1")}
     plain |= {"ema": run.ema.module.state_dict() if run.ema else None, "epoch": progress["epoch"]}
     plain["projection"] = run.net.projection.state_dict() if run.net.projection else None
@@ -926,7 +926,7 @@ def main() -> None:
         progress["log"].append(entry)
         if args.rank == 0:
             save_epoch(args, run, progress, plain)
-    print(f"{args.out}/last.pt: {args.epochs} epochs; best top-1 {progress['best_top1']:.2f} %")
+    print(f"{args.out}/last.pt, and best.pt at {progress['best_top1']:.2f} %: {args.epochs} epochs")
     if args.world_size > 1:
         dist.destroy_process_group()
 

@@ -540,7 +540,7 @@ def describe_batches(batches: Batches, todo: list[range], settings: str, before:
             captions += sum("caption" in record for record in records)
             bar.set_postfix(failed=failed, refresh=False)
             bar.update(len(batch))
-    seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - start  # without the end of the workers
     rates = f"{captions / seconds:.2f} captions/s, {model.new_tokens / seconds:.0f} new tokens/s"
     share = f"{model.seconds / seconds:.0%} of the time inside generate"
     print(f"this run: {captions} captions in {seconds:.1f} s, {rates}, {share}")

@@ -25,6 +25,7 @@ import argparse
 import collections
 import contextlib
 import csv
+import gc
 import inspect
 import io
 import json
@@ -521,6 +522,7 @@ def describe_batches(batches: Batches, todo: list[range], settings: str, before:
     options = {"num_workers": args.workers, "pin_memory": args.device.startswith("cuda")}
     options |= {"batch_sampler": todo, "collate_fn": batches.read}
     loader = DataLoader(range(len(batches.keys)), **options)
+    gc.freeze()  # else each worker's first full collection copies what it shares with this process
     total, quiet = before + sum(map(len, todo)), os.environ.get("RANK", "0") != "0"
     model.seconds = model.new_tokens = captions = failed = 0
     start = time.perf_counter()
@@ -550,9 +552,7 @@ def run(args: argparse.Namespace, keys: list[str], names: dict[str, str]) -> Non
     """Describe what is not on the disk; the process that finds all batches there merges them."""
     settings = settings_of(args, keys, names)
     if os.path.exists(args.out) and not os.path.isdir(f"{args.out}.parts"):
-        raise SystemExit(
-            f"{args.out} is there, its parts are not: choose another --out, or move it"
-        )
+        raise SystemExit(f"{args.out} is there, its parts are not: choose another --out")
     starts = range(0, args.limit, args.batch_size)
     batches = [range(start, min(start + args.batch_size, args.limit)) for start in starts]
     mine, found = batches[args.shard :: args.shards], scan(args.out, settings)

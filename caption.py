@@ -1,6 +1,6 @@
 """Describe every image of a folder with a multimodal LLM: stage 1 of 4, before embed.py.
 
-In:  --data DIR         an ImageNet-style folder, DIR/<class>/<image>
+In:  --data DIR         an ImageNet-style folder, DIR/<class>/<image>, or DIR/<image>: no labels
 Out: --out FILE.jsonl   one JSON object per caption: "image" (path relative to DIR), "caption",
                         "model", "prompt", "settings"; it appears when all captions are there
      FILE.jsonl.failed  the images that could not be described, and why (only if there are any)
@@ -44,6 +44,7 @@ import transformers
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
 
@@ -72,7 +73,7 @@ def parse_args() -> argparse.Namespace:
     add, cuda = p.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
     workers = max(1, min(4, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     dtypes = ["auto", "float32", "bfloat16", "float16"]
-    add("--data", required=True, help="ImageNet-style folder: DIR/<class>/<image>")
+    add("--data", required=True, help="folder of images: DIR/<class>/<image> or DIR/<image>")
     add("--out", default="captions.jsonl", help="where the captions go")
     add("--model", default=MODEL, help="hub id or folder; template: the prompt is the caption")
     add("--prompt", action="append", help=f"may hold {{class}}; repeatable (default: {PROMPT})")
@@ -91,7 +92,7 @@ def parse_args() -> argparse.Namespace:
     add("--limit", type=int, help="describe only the first N images of the folder's order")
     add("--retry-failed", action="store_true", help="do the batches again in which images failed")
     add("--shard", default="0/1", help="I/N: part I (from 0) of N; torchrun splits a part further")
-    add("--import", dest="published", metavar="FILE", help="somebody's .pth, .txt or .csv")
+    add("--import", dest="published", metavar="FILE", help="somebody's .pth, .txt, .csv, .json(l)")
     add("--preview", metavar="PNG", help="draw twelve random images with captions, and stop")
     args = p.parse_args()
     args.prompt = args.prompt or [PROMPT]
@@ -124,18 +125,24 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def list_images(data: str) -> list[str]:
     """Keys (POSIX paths relative to `data`) of all images, in torchvision's ImageFolder order."""
     try:
-        folder = ImageFolder(data)
+        folders = {entry.name for entry in os.scandir(data) if entry.is_dir()}
+        if folders >= {"train", "val"}:
+            raise SystemExit(f"--data {data}: did you mean {os.path.join(data, 'train')}?")
+        if folders:
+            samples = ImageFolder(data).samples
+        else:  # images without labels
+            samples = make_dataset(data, {"": 0}, IMG_EXTENSIONS)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SystemExit(f"--data {data}: {error}") from error
-    if {"train", "val"} <= set(folder.classes):
-        raise SystemExit(f"--data {data}: did you mean {os.path.join(data, 'train')}?")
-    return [os.path.relpath(path, data).replace(os.sep, "/") for path, _ in folder.samples]
+    return [os.path.relpath(path, data).replace(os.sep, "/") for path, _ in samples]
 
 
 def name_classes(args: argparse.Namespace, keys: list[str]) -> dict[str, str]:
     """{class folder: name} of --class-names, of ImageNet or the folder; {} if no prompt asks."""
     if not any("{class}" in prompt for prompt in args.prompt):
         return {}
+    if "/" not in keys[0]:
+        raise SystemExit("{class}: the images of --data are not in class folders")
     folders = sorted({key.split("/")[0] for key in keys})
     if args.class_names:
         names = read_class_names(args.class_names)
@@ -416,22 +423,36 @@ def summary(file: str) -> str:
 
 
 def read_published(file: str) -> list[tuple[str | None, str]]:
-    """[(path, caption)]; a .csv's columns go by several names, .pth and .txt have no path."""
+    """[(path, caption)]; .pth and .txt are lists in the folder's order: their path is None."""
     try:
         if file.endswith((".pth", ".pt")):
             captions = torch.load(file, weights_only=True)
             return [(None, captions[i].strip()) for i in range(len(captions))]  # a list of str
         text = Path(file).read_text(encoding="utf-8-sig", errors="replace")
+        if file.endswith(".csv"):
+            return read_csv(text)
+        if file.endswith(".json"):  # of COCO, Flickr30k, RSICD: Karpathy's splits
+            images = json.loads(text)["images"]
+            pairs = [(image["filename"], image["sentences"]) for image in images]
+            rows = [(name, one["raw"].strip()) for name, several in pairs for one in several]
+            return list(dict.fromkeys(rows))  # people repeat themselves
     except Exception as error:  # a pickle may raise anything; weights_only runs no code of it
         raise SystemExit(f"--import {file}: cannot be read safely: {first_line(error)}") from error
-    if not file.endswith(".csv"):
-        return [(None, line) for line in text.removesuffix("\n").split("\n")]
-    first, *rows = list(csv.reader(io.StringIO(text))) or [[]]
+    lines = text.removesuffix("\n").split("\n")
+    if file.endswith(".jsonl"):  # our own
+        return [(line["image"], line["caption"]) for line in map(json.loads, lines)]
+    return [(None, line) for line in lines]
+
+
+def read_csv(text: str) -> list[tuple[str, str]]:
+    """[(path, caption)] of a table with a header, whose columns go by several names."""
+    first, *rows = csv.reader(io.StringIO(text))
     columns = [name.strip().lower() for name in first]
-    path = next((columns.index(name) for name in PATHS if name in columns), None)
-    caption = next((columns.index(name) for name in TEXTS if name in columns), None)
-    if None in (path, caption):
-        raise SystemExit(f"--import {file}: needs one of {PATHS} and of {TEXTS}, has {columns}")
+    for names in PATHS, TEXTS:
+        if not set(names) & set(columns):
+            raise ValueError(f"needs one of {names}, has {columns}")
+    path = next(columns.index(name) for name in PATHS if name in columns)
+    caption = next(columns.index(name) for name in TEXTS if name in columns)
     return [(row[path], row[caption]) for row in rows if len(row) > max(path, caption)]
 
 

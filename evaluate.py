@@ -1,11 +1,12 @@
 """Accuracy and alignment of checkpoints: stage 4 of 4.
 
 In:  CHECKPOINT ...     train.py's, or a torchvision model's name: its published (DEFAULT) weights
-     --data [NAME=]DIR  DIR/<class>/<image>; classes are matched by name, numeric ones (ImageNet-V2)
-                        are indices; published weights know names if one DIR has all of ImageNet's
+     --data DIR         DIR/<class>/<image>; classes are matched by name, numeric ones (ImageNet-V2)
+                        are indices; published weights know names if one DIR has all of ImageNet's.
+                        Or DIR/<image>: text measures only, as for models trained without labels
 Out: a Markdown table per folder: top-1 among all of a checkpoint's classes (and among the folder's,
      if these are fewer, as ImageNet-A and -R are published), the difference to the first row with
-     its 95 % interval over the images; then mean and deviation of runs that differ in the seed only
+     its 95 % interval over the images, image-text recall; then means over seeds
 
 Launch:
     python evaluate.py --data imagenet/val runs/baseline/last.pt runs/aligned/last.pt
@@ -14,7 +15,6 @@ Launch:
 """
 
 import argparse
-import difflib
 import hashlib
 import json
 import os
@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="file, or torchvision model")
-    add("--data", required=True, action="append", metavar="[NAME=]DIR", help="once or more often")
+    add("--data", required=True, action="append", metavar="DIR", help="once or more often")
     add("--ema", action="store_true", help="the averaged weights (the projection head has none)")
     add("--out", metavar="FILE.jsonl", help="append the results, a line per checkpoint and folder")
     add("--predictions", metavar="FILE.jsonl", help="write label and prediction of every image")
@@ -87,31 +87,30 @@ def load_image(path: str) -> Image.Image:
 
 
 class Images(torchvision.datasets.ImageFolder):
-    """Item i: image [3, S, S] float32 after `transform`, label (-1: unreadable), i."""
+    """Item i: image [3, S, S] float32 after `transform`, label (-1: none, -2: unreadable), i."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        if any(entry.is_dir() for entry in os.scandir(directory)):
+            return super().find_classes(directory)
+        return [], {"": -1}
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
         try:
             return *super().__getitem__(index), index
         except Exception:  # one bad image costs that image, and is counted
-            return self.transform(Image.new("RGB", (1, 1))), -1, index
+            return self.transform(Image.new("RGB", (1, 1))), -2, index
 
     def key(self, index: int) -> str:
         return Path(self.samples[index][0]).relative_to(self.root).as_posix()
 
 
-def read_folders(options: list[str]) -> dict[str, Images]:
-    """The folders of --data [NAME=]DIR by name; without a name it is DIR."""
+def read_folders(directories: list[str]) -> dict[str, Images]:
     folders = {}
-    for option in options:
-        name, equals, directory = option.partition("=")
-        if not equals or os.path.isdir(option):  # a DIR may have a = in it
-            name = directory = option
-        if name in folders:
-            raise SystemExit(f"--data {option}: two folders of this name: name them, NAME=DIR")
+    for directory in directories:
         if os.path.isdir(directory):
-            folders[name] = Images(directory, loader=load_image, allow_empty=True)
-        if name not in folders or not folders[name].samples:
-            raise SystemExit(f"--data {option}: no folder, or no image in its class folders")
+            folders[directory] = Images(directory, loader=load_image, allow_empty=True)
+        if directory not in folders or not folders[directory].samples:
+            raise SystemExit(f"--data {directory}: no folder, or no image in it")
     return folders
 
 
@@ -130,8 +129,7 @@ def read_texts(captions: str, embeddings: str, index: dict[str, int], every: boo
     described = set(owner)
     none = [name for name, i in index.items() if i not in described]
     if len(none) == len(index) or (none and every):
-        kind = "class(es)" if every else "image(s)"
-        raise SystemExit(f"{captions}: {len(none)} {kind} have none, the first is '{none[0]}'")
+        raise SystemExit(f"{captions} lacks {len(none)} images or classes, first '{none[0]}'")
     return rows[owner >= 0], owner[owner >= 0], encoder | {"file": embeddings}
 
 
@@ -154,7 +152,8 @@ def load_model(file: str, ema: bool, folders: dict[str, Images]) -> tuple[nn.Mod
         config = AutoConfig.for_model(**rebuild["config"])
         model = AutoModelForImageClassification.from_config(config)
     else:
-        rebuild = rebuild["kwargs"] | {"num_classes": len(state["classes"])}
+        outputs = len(state["classes"]) or state["settings"]["text"]["width"]
+        rebuild = rebuild["kwargs"] | {"num_classes": outputs}
         model = torchvision.models.get_model(state["arch"], **rebuild)
     model.load_state_dict(weights, strict=True)
     state["selected"] += ", averaged weights" if ema else ""
@@ -166,15 +165,13 @@ def load_model(file: str, ema: bool, folders: dict[str, Images]) -> tuple[nn.Mod
 
 
 class Checkpoint(nn.Module):
-    """The plain model, the file's other entries (state) and, for texts, its head h: images
-    [n, 3, S, S] -> logits [n, K] and features [n, D] of length 1 (None without h)."""
+    """The plain model, the file's other entries (state) and, for texts, its head h and its text
+    adapter: images [n, 3, S, S] -> logits [n, K] and, for texts, features [n, D] of length 1."""
 
     def __init__(self, file: str, ema: bool, folders: dict[str, Images], texts: dict):
         super().__init__()
         if file not in PUBLISHED and not os.path.exists(file):
-            close = difflib.get_close_matches(file, PUBLISHED, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise SystemExit(f"{file}: no such checkpoint, and no torchvision model{hint}")
+            raise SystemExit(f"{file}: no such checkpoint, and no torchvision model")
         try:
             self.model, self.state = load_model(file, ema, folders)
         except Exception as error:
@@ -182,14 +179,15 @@ class Checkpoint(nn.Module):
             raise SystemExit(f"{file}: not a checkpoint that can be read: {reason}") from error
         self.file, self.head = file, None
         for folder in folders.values():
-            self.match_classes(folder)
+            if not self.match_classes(folder) and not texts:
+                raise SystemExit(f"{file} or {folder.root} has no classes: pass --captions")
         for _, _, encoder in texts.values():
             self.load_head(encoder)
-        last = [m for m in self.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
-        last.register_forward_pre_hook(lambda _, inputs: setattr(self, "features", inputs[0]))
 
     def match_classes(self, folder: Images) -> list[int]:
-        """Of each of the folder's classes, the index among the checkpoint's."""
+        """Of each of the folder's classes, the index among the checkpoint's; [] if one has none."""
+        if not self.state["classes"]:
+            return []
         index = {name: i for i, name in enumerate(self.state["classes"])}
         unknown = [name for name in folder.classes if name not in index]
         numbered = [name for name in unknown if name.isdecimal() and int(name) < len(index)]
@@ -197,47 +195,60 @@ class Checkpoint(nn.Module):
             return [int(name) for name in numbered]
         if unknown:
             what = f"{len(unknown)} class(es) that {self.file} does not know, the first is"
-            hint = "published weights know class folders by number, or by name beside a full folder"
-            hint = f"; {hint}" if self.file in PUBLISHED else ""
-            raise SystemExit(f"{folder.root} has {what} '{unknown[0]}'{hint}")
+            raise SystemExit(f"{folder.root} has {what} '{unknown[0]}'")
         return [index[name] for name in folder.classes]
 
     def load_head(self, encoder: dict) -> None:
-        """train.py's projection head h, from its weights alone; refused for others' embeddings."""
-        weights, trained_on = self.state.get("projection"), self.state["settings"].get("text")
-        if not weights or self.state["settings"]["text_adapter"] != "none":
-            raise SystemExit(
-                f"{self.file} has no projection head, or a text adapter: no texts with it"
-            )
+        """train.py's head h, from its weights alone; without labels there is none."""
+        trained_on = self.state["settings"].get("text") or {"model": "no captions"}
         for name in "width", "pooling", "prefix", "weights_sha256":
-            theirs, ours = encoder.get(name), trained_on.get(name)
-            if theirs != ours:
-                hint = f"was trained with {ours}: use the same encoder ({trained_on.get('model')})"
-                raise SystemExit(f"{encoder['file']} has {name} {theirs}, {self.file} {hint}")
-        if "weight" in weights:
-            self.head = nn.Linear(*weights["weight"].T.shape, bias=False)
-        else:
-            hidden, features = weights["0.weight"].shape
-            norm = [nn.BatchNorm1d(hidden)] if "1.running_mean" in weights else []
-            first = nn.Linear(features, hidden, bias="0.bias" in weights)
-            self.head = nn.Sequential(first, *norm, nn.ReLU(), nn.Linear(hidden, encoder["width"]))
-        self.head.load_state_dict(weights, strict=True)
+            if encoder.get(name) != trained_on.get(name):
+                what = f"has another {name} than {trained_on['model']}, of {self.file}'s training"
+                raise SystemExit(f"{encoder['file']} {what}")
+        self.head, width = nn.Identity(), encoder["width"]
+        if weights := self.state["projection"]:
+            if "weight" in weights:
+                self.head = nn.Linear(*weights["weight"].T.shape, bias=False)
+            else:
+                hidden, features = weights["0.weight"].shape
+                norm = [nn.BatchNorm1d(hidden)] if "1.running_mean" in weights else []
+                first = nn.Linear(features, hidden, bias="0.bias" in weights)
+                self.head = nn.Sequential(first, *norm, nn.ReLU(), nn.Linear(hidden, width))
+            self.head.load_state_dict(weights, strict=True)
+            layers = [m for m in self.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+            last = [m for m in layers if len(m.weight) == len(self.state["classes"])][-1]
+            last.register_forward_pre_hook(lambda _, inputs: setattr(self, "features", inputs[0]))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         output = self.model(images)
-        logits = getattr(output, "logits", output).float()
+        logits = features = getattr(output, "logits", output).float()
         if self.head is None:
             return logits, None
-        features = torch.atleast_3d(self.features).flatten(2).mean(2)  # SqueezeNet's are maps
+        if self.state["classes"]:
+            features = torch.atleast_3d(self.features).flatten(2).mean(2)  # SqueezeNet's are maps
         return logits, F.normalize(self.head(features), dim=1)
+
+    @torch.inference_mode()
+    def embed(self, rows: np.ndarray) -> np.ndarray:
+        """Text features [M, D] of length 1, through train.py's text adapter, if there is one."""
+        x, w = torch.from_numpy(rows.astype(np.float32)), self.state.get("adapter")
+        for i in range(4) if w else ():
+            y = F.layer_norm(x, x.shape[1:], w[f"{i}.0.weight"], w[f"{i}.0.bias"])
+            y = F.gelu(F.linear(y, w[f"{i}.1.weight"], w[f"{i}.1.bias"]))
+            x = x + F.linear(y, w[f"{i}.3.weight"], w[f"{i}.3.bias"])
+        if w:
+            x = F.layer_norm(x, x.shape[1:], w["4.weight"], w["4.bias"])
+            x = F.linear(x, w["5.weight"], w["5.bias"])
+        return F.normalize(x, dim=1).numpy()
 
 
 def measure(logits, features, labels, present) -> dict[str, torch.Tensor]:
-    """Of a batch: logits [n, K], features [n, D] or None, labels [n] (-1: unreadable)."""
+    """Of a batch: logits [n, K], features [n, D] or None, labels [n]; the folder's classes."""
     prediction, top5 = logits.argmax(1), logits.topk(min(5, logits.shape[1])).indices
     batch = {"label": labels, "prediction": prediction, "probability": logits.softmax(1).amax(1)}
     batch |= {"top1": prediction == labels, "top5": (top5 == labels[:, None]).any(1)}
-    batch["top1_among_these"] = present[logits[:, present].argmax(1)] == labels
+    if len(present):
+        batch["top1_among_these"] = present[logits[:, present].argmax(1)] == labels
     return batch if features is None else batch | {"feature": features}
 
 
@@ -276,7 +287,7 @@ def retrieval(features, texts, owner, ks=(1, 5, 10), device="cpu") -> dict[str, 
     if its image is, of the described ones. features [N, D], texts [M, D], owner [M] of each."""
     features, texts, owner = (torch.as_tensor(x, device=device) for x in (features, texts, owner))
     described, hits = torch.unique(owner), {}
-    images, texts = features[described], texts.float()
+    images = features[described]
     for name, queries, keys, asking, answering in (
         ("image->text", images, texts, described, owner),
         ("text->image", texts, images, owner, described),
@@ -292,13 +303,12 @@ def text_measures(features, readable, texts, folder: Images, device: str) -> dic
     """Recall, and top-1 of features [N, D] among the mean texts of classes, of readable images."""
     measures = {}
     if "images" in texts:
-        rows, owner, _ = texts["images"]
+        rows, owner = texts["images"]
         seen = readable[owner]
         measures |= retrieval(features, rows[seen], owner[seen], device=device)
     if "classes" in texts:
-        rows, owner, _ = texts["classes"]
-        prototypes = np.zeros((len(folder.classes), rows.shape[1]), np.float32)
-        np.add.at(prototypes, owner, rows)
+        rows, owner = texts["classes"]
+        prototypes = np.stack([rows[owner == k].mean(0) for k in range(len(folder.classes))])
         prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
         hit = (features @ prototypes.T).argmax(1) == folder.targets
         measures["zero-shot top-1"] = 100 * float(hit[readable].mean())
@@ -308,65 +318,81 @@ def text_measures(features, readable, texts, folder: Images, device: str) -> dic
 def evaluate_folder(net: Checkpoint, name: str, folder: Images, texts, firsts, args) -> tuple:
     """A result, in percent of the readable images, and what predict() found."""
     index, state = net.match_classes(folder), net.state
-    folder.transform, folder.target_transform = state["transform"], index.__getitem__
-    present = sorted({index[target] for target in folder.targets})
+    folder.transform = state["transform"]
+    folder.target_transform = index.__getitem__ if index else None
+    present = sorted({index[target] for target in folder.targets}) if index else []
     start = time.perf_counter()
     found = predict(net, folder, present, args)
     speed = len(folder) / (time.perf_counter() - start)
-    readable = found["label"] >= 0
+    readable = found["label"] > -2
     if not readable.any():
         raise SystemExit(f"no image of {folder.root} can be read")
     bad = [repr(folder.samples[i][0]) for i in np.flatnonzero(~readable)]
     if bad and args.rank == 0:
         print(f"{name}: {len(bad)} unreadable images, not counted: {', '.join(bad[:5])}")
-    reference, first = firsts.setdefault(name, (net.file, found))
-    both = readable & (first["label"] >= 0)
-    difference, interval = paired_difference(first["top1"][both], found["top1"][both])
     result = {"checkpoint": net.file, "data": name}
     result |= {field: state[field] for field in ("arch", "epoch", "selected")}
     result |= {"images": int(readable.sum()), "unreadable": int((~readable).sum())}
-    result |= {field: 100 * found[field][readable].mean() for field in ("top1", "top5")}
-    result |= {"classes": len(present), "of_classes": len(state["classes"])}
-    result["top1_among_these"] = 100 * found["top1_among_these"][readable].mean()
-    result |= {"reference": reference, "difference": difference, "interval": interval}
+    if index:
+        reference, first = firsts.setdefault(name, (net.file, found))
+        both = readable & (first["label"] > -2)
+        difference, interval = paired_difference(first["top1"][both], found["top1"][both])
+        fields = "top1", "top5", "top1_among_these"
+        result |= {field: 100 * found[field][readable].mean() for field in fields}
+        result |= {"classes": len(present), "of_classes": len(state["classes"])}
+        result |= {"reference": reference, "difference": difference, "interval": interval}
     result["parameters"] = sum(p.numel() for p in net.model.parameters())
     result |= {"images_per_s": speed, "text": {}, "settings": state["settings"]}
     if texts and args.rank == 0:
-        features = found.pop("feature")
-        result["text"] = text_measures(features, readable, texts, folder, args.device)
+        rows = {kind: (net.embed(rows), owner) for kind, (rows, owner, _) in texts.items()}
+        result["text"] = text_measures(found.pop("feature"), readable, rows, folder, args.device)
     return result, found
 
 
 def print_table(rows: list[dict]) -> None:
-    for cells in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)):
+    columns = dict.fromkeys(column for row in rows for column in row)
+    body = [[row.get(column, "") for column in columns] for row in rows]
+    for cells in (columns, ["---"] * len(columns), *body):
         cells = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells]
         print(f"| {' | '.join(cells)} |")
 
 
 def mean_and_deviation(values: list[float], sign: str = "") -> str:
     deviation = f" +- {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):{sign}.2f}{deviation}" if values else ""
+    return f"{np.mean(values):{sign}.2f}{deviation}"
 
 
 def seed_rows(results: list[dict]) -> list[dict]:
     """A row per group of results that differ in nothing but the seed; a seed counts once."""
-    groups, rows = {}, []
+    groups, names, rows = {}, {}, []
     for result in results:
         same = result["settings"] | {"seed": None, "selected": result["selected"]}
         same["epoch"] = "best" in result["selected"] or result["epoch"]  # not with unfinished runs
-        group = groups.setdefault(json.dumps(same, sort_keys=True), {})
-        group[result["settings"].get("seed")] = result
+        key = json.dumps(same, sort_keys=True)
+        names.setdefault(key, result["checkpoint"])
+        groups.setdefault(key, {})[result["settings"].get("seed")] = measures_of(result)
     base = next(iter(groups.values()))
-    for group in groups.values():
-        shared = [] if group is base else [seed for seed in group if seed in base]
-        differences = [group[seed]["top1"] - base[seed]["top1"] for seed in shared]
-        first, *_ = group.values()
-        row = {"seeds": len(group), "first checkpoint of the group": first["checkpoint"]}
-        means = mean_and_deviation([result["top1"] for result in group.values()])
-        row |= {"top-1 %, mean +- standard deviation": means}
-        means = mean_and_deviation(differences, "+")
-        rows.append(row | {"difference to the first group, seed by seed": means})
+    for key, group in groups.items():
+        row = {"seeds": len(group), "first checkpoint of the group": names[key]}
+        for name in next(iter(group.values())):
+            row[name] = mean_and_deviation([measures[name] for measures in group.values()])
+            shared = [seed for seed in group if name in base.get(seed, {})]
+            if shared and group is not base:
+                differences = [group[seed][name] - base[seed][name] for seed in shared]
+                row[name] += f" ({mean_and_deviation(differences, '+')})"
+        rows.append(row)
     return rows
+
+
+def measures_of(result: dict) -> dict[str, float]:
+    """What the tables show of a result."""
+    measures = {}
+    if "top1" in result:
+        measures |= {"top-1 %": result["top1"], "top-5 %": result["top5"]}
+        if result["classes"] < result["of_classes"]:
+            among = f"top-1 % among these {result['classes']} classes"
+            measures[among] = result["top1_among_these"]
+    return measures | result["text"]
 
 
 def report(results: list[dict], names: list[str]) -> None:
@@ -376,21 +402,17 @@ def report(results: list[dict], names: list[str]) -> None:
         if len(names) > 1:
             print(f"\n**{name}**\n")
         for result in here:
-            row = {field: result[field] for field in FIELDS}
-            row |= {"top-1 %": result["top1"], "top-5 %": result["top5"], "difference": ""}
-            if rows:
-                row["difference"] = f"{result['difference']:+.2f} +- {result['interval']:.2f}"
-            if any(other["classes"] < other["of_classes"] for other in here):
-                among = f"top-1 % among these {here[0]['classes']} classes"
-                row[among] = result["top1_among_these"]
-            row |= result["text"] | {"M parameters": result["parameters"] / 1e6}
+            row = {field: result[field] for field in FIELDS} | measures_of(result)
+            if result.get("reference", result["checkpoint"]) != result["checkpoint"]:
+                row["difference (95 %)"] = (
+                    f"{result['difference']:+.2f} +- {result['interval']:.2f}"
+                )
+            row["M parameters"] = result["parameters"] / 1e6
             rows.append(row | {"images/s": round(result["images_per_s"])})
         print_table(rows)
-        if len(rows) > 1:
-            print("\ndifference: to the first row, in points, with its 95 % interval over images")
         seeds = seed_rows(here)
         if any(row["seeds"] > 1 for row in seeds):
-            print()
+            print("\nover seeds: mean +- deviation (and differences to the first group, by seed)\n")
             print_table(seeds)
 
 
@@ -405,7 +427,7 @@ def evaluate(args, folders: dict[str, Images], texts: dict) -> list[dict]:
                 result, found = evaluate_folder(net, name, folder, texts, firsts, args)
                 results.append(result)
                 print(json.dumps(result), file=out, flush=True)
-                for i in np.flatnonzero(found["label"] >= 0):
+                for i in np.flatnonzero(found["label"] >= 0) if "top1" in result else []:
                     line = {"checkpoint": file, "data": name, "image": folder.key(i)}
                     for field in "label", "prediction":
                         line[field] = net.state["classes"][found[field][i]]
@@ -426,6 +448,8 @@ def main() -> None:
         index = {folder.key(i): i for i in range(len(folder))}
         texts["images"] = read_texts(args.captions, args.embeddings, index, every=False)
     if args.class_captions:
+        if not folder.classes:
+            raise SystemExit(f"--class-captions: {folder.root} has no class folders")
         files = args.class_captions, args.class_embeddings
         texts["classes"] = read_texts(*files, folder.class_to_idx, every=True)
     for file in args.checkpoints:  # a fault of the last is told before the first is evaluated
@@ -433,10 +457,6 @@ def main() -> None:
     results = evaluate(args, folders, texts)
     if args.rank == 0:
         report(results, list(folders))
-    if args.out:
-        print(f"{args.out}: {len(results)} results appended")
-    if args.predictions:
-        print(f"{args.predictions}: {sum(result['images'] for result in results)} predictions")
     if args.world > 1:
         dist.destroy_process_group()
 

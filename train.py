@@ -1,6 +1,7 @@
 """Train a classifier with cross-entropy plus alignment to caption embeddings: stage 3 of 4.
 
-In:  --data ROOT               ROOT/train/<class>/<image> and ROOT/val/<class>/<image>
+In:  --data ROOT               ROOT/train/<class>/<image> and ROOT/val/<class>/<image>; or only
+                               ROOT/train/<image>: no labels, and alignment alone
      --captions, --embeddings  what caption.py and embed.py wrote for ROOT/train; without them: the
                                cross-entropy baseline, same code
 Out: RUN/last.pt               plain model weights, and what is needed to evaluate and to resume
@@ -17,13 +18,13 @@ Launch:
     L = CE(g(f(x)), y) + lambda * L_align(h(f(x)), t)               GPT4Image, arXiv 2306.00693
 
 f(x) is the input of the classifier's last layer g, t the frozen embedding of a caption of x, h a
-small head that is used in training only. --align-weight is lambda.
+small head that is used in training only. --align-weight is lambda. Without labels L is L_align, of
+the model's own output, which is as wide as t: LLM2CLIP's setting.
 """
 
 import argparse
 import contextlib
 import ctypes
-import difflib
 import functools
 import hashlib
 import io
@@ -61,10 +62,9 @@ except ImportError:
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 PREPROCESSING = ["input_size", "crop_ratio", "interpolation", "mean", "std"]
 
-# What a recipe puts before the user's own options. resnet (the defaults) and deit are the paper's
-# (official code), finetune is ours. The paper's lambda is 0.3, but its all-gather keeps only the
-# local slice's gradient and DDP averages over W processes: what acts is 0.3 / W, with W = 4 for the
-# ResNet and 8 for the DeiT. A weight means the same at every W here, so these are what acted.
+# What a recipe puts before the user's own options: resnet (the defaults) and deit are the paper's,
+# finetune is ours. In the official code lambda is 0.3, but acts as 0.3 / W on its W = 4 (ResNet) or
+# 8 (DeiT) processes, since its gather keeps the local gradient only; here W does not matter.
 RECIPES = {
     "resnet": "",
     "deit": "--arch vit_b_16 --epochs 300 --batch-size 128 --optimizer adamw --weight-decay 0.05 "
@@ -81,8 +81,6 @@ NEED_TEXT += ["--shuffle-captions", "--learn-temperature", "--mix-text", "--no-m
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The module's docstring as it stands, and the default of every option that has one."""
-
     def _get_help_string(self, action: argparse.Action) -> str:
         without = action.default is None or action.default is False  # 0 is a default, too
         return action.help if without else super()._get_help_string(action)
@@ -96,14 +94,12 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else argv
+def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     p.epilog = "".join(f"\n--recipe {name}: {options}" for name, options in RECIPES.items())
     add, flag = p.add_argument, argparse.BooleanOptionalAction
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     workers = min(8, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    amp = ["auto", "bfloat16", "float16", "off"]
     add("--data", required=True, help="folder with train/ and val/")
     add("--out", required=True, metavar="RUN", help="folder for checkpoints and the log")
     add("--captions", help="captions.jsonl of train/")
@@ -111,6 +107,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--recipe", default="resnet", choices=RECIPES, help="other defaults: see below")
     add("--arch", default="resnet50", help="torchvision classifier, or transformers' id or folder")
     add("--pretrained", action=flag, default=False, help="start from published weights")
+    add("--init", metavar="FILE", help="start from another run's last.pt; not its last layer")
     add("--epochs", type=int, default=120, help="passes over the training images")
     add("-b", "--batch-size", type=int, default=256, help="images per process")
     add("--lr", type=float, help="peak learning rate (the recipe's, scaled with the global batch)")
@@ -134,23 +131,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--interpolation", default="bilinear", choices=["bilinear", "bicubic"], help="of resizing")
     add("--crop-ratio", type=float, default=0.875, help="validation: resize to input size / this")
     add("--align-loss", default="clip", choices=["clip", "infonce", "cosine"], help="L_align")
-    add("--align-weight", type=float, default=0.075, help="lambda, at any number of processes")
+    add("--align-weight", type=float, default=0.075, help="lambda (no labels: 1)")
     add("--temperature", type=float, default=0.2, help="tau of the contrastive losses")
     add("--learn-temperature", action="store_true", help="train tau, as CLIP does")
     add("--projection", default="mlp", choices=["mlp", "linear"], help="the head h")
     add("--text-adapter", default="none", choices=["none", "mlp"], help="mlp: train one behind t")
     add("--shuffle-captions", action="store_true", help="the control: captions of other images")
     add("--mix-text", action=flag, default=True, help="align a mixed image with both captions")
-    add("--amp", default="auto", choices=amp, help="auto: on a GPU, bfloat16 if it can")
+    add("--amp", default="auto", choices=["auto", "bfloat16", "float16", "off"], help="on a GPU")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--val-every", type=int, default=1, help="validate each so many epochs, and at the end")
     add("--seed", type=int, default=0, help="of everything that is drawn")
     add("-j", "--workers", type=int, default=workers, help="data loading processes")
     add("--device", default=cuda, help="cuda, cuda:N or cpu")
     add("--resume", nargs="?", const=True, metavar="FILE", help="go on from RUN/last.pt, else FILE")
-    recipe = RECIPES[p.parse_args(argv).recipe].split()
-    args = p.parse_args([*recipe, *argv])
-    check(p, args, {word.split("=")[0] for word in argv})
+    recipe = RECIPES[p.parse_args().recipe].split()
+    args = p.parse_args([*recipe, *sys.argv[1:]])
+    check(p, args, {word.split("=")[0] for word in sys.argv[1:]})
     args.rank = int(os.environ.get("RANK", 0))
     args.world_size = int(os.environ.get("WORLD_SIZE", 1))
     if args.lr is None:
@@ -166,6 +163,8 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace, given: set[str])
         p.error(f"{idle[0]} does nothing without --captions and --embeddings")
     if bool(args.captions) != bool(args.embeddings):
         p.error("--captions and --embeddings go together")
+    if args.init and args.pretrained:
+        p.error("--init and --pretrained exclude each other: --no-pretrained, for this recipe")
     if args.learn_temperature and args.align_loss == "cosine":
         p.error("--learn-temperature: the cosine loss has no temperature")
     if min(args.epochs, args.batch_size, args.repeated_aug, args.val_every, args.workers + 1) < 1:
@@ -177,19 +176,22 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace, given: set[str])
         p.error("--device cuda: this machine has no GPU that torch can use")
 
 
-# ------------------------------------------------------------------------------------------- data
-
-
-def list_data(data: str) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, int]]]:
-    """Class names, and (path, label) of train/ and of val/."""
-    train, val = os.path.join(data, "train"), os.path.join(data, "val")
+def list_data(args: argparse.Namespace) -> tuple[list, list[tuple[str, int]], list]:
+    """Class names, and (path, label) of train/ and of val/. A train/ without class folders holds
+    images without labels (-1): no names, nothing to validate on, alignment alone."""
+    train, val = os.path.join(args.data, "train"), os.path.join(args.data, "val")
     try:
+        if not any(entry.is_dir() for entry in os.scandir(train)):
+            if not args.embeddings:
+                raise SystemExit(f"{train} has no class folders: pass --captions and --embeddings")
+            args.align_weight = 1.0
+            return [], make_dataset(train, {"": -1}, IMG_EXTENSIONS), []
         classes, index = find_classes(train)
         strangers = sorted(set(find_classes(val)[0]) - set(classes))
         samples = make_dataset(train, index, IMG_EXTENSIONS)
         val_samples = make_dataset(val, index, IMG_EXTENSIONS, allow_empty=True)
     except FileNotFoundError as error:
-        raise SystemExit(f"--data {data} lacks images in train/ or val/: {error}") from error
+        raise SystemExit(f"--data {args.data}: no images in train/ or val/: {error}") from error
     if strangers or not val_samples:
         found = f"classes that train/ has not: {strangers[:5]}" if strangers else "no image"
         raise SystemExit(f"{val} has {found}")
@@ -267,12 +269,9 @@ def read_image(path: str) -> torch.Tensor:
 
 
 class Images(Dataset):
-    """Item (index, seed): uint8 image [S, S, 3], label, text [D] (zeros: none), failed (-1: not).
-
-    `transform` turns what `read` gives into uint8 [3, S, S]. The random state is the item's own, so
-    augmentation does not depend on the number of workers or processes. If the image cannot be
-    read, failed is its index, it has no text, and label -1.
-    """
+    """Item (index, seed): uint8 image [S, S, 3], label, text [D] (zeros: none), failed (-1: not; if
+    it cannot be read, its index, and label -1). The random state is the item's own: augmentation
+    does not depend on workers or processes. `transform`: what `read` gives -> uint8 [3, S, S]."""
 
     def __init__(self, samples, size: int, read: Callable, transform: Callable, captions=None):
         self.samples, self.size, self.captions = samples, size, captions
@@ -368,9 +367,6 @@ def make_loaders(args, samples, val_samples, captions) -> list[DataLoader]:
     return loaders
 
 
-# ------------------------------------------------------------------------------------------ model
-
-
 def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict]:
     """The plain model, and what rebuilds it. Sets args.input_size, mean and std as published."""
     args.mean, args.std = MEAN, STD
@@ -381,9 +377,9 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     elif "/" in args.arch or os.path.isdir(args.arch):
         model, rebuild = build_transformers(args, num_classes)
     else:
-        close = difflib.get_close_matches(args.arch, names, 1)
-        close = "".join(f"; did you mean {name}?" for name in close)
-        raise SystemExit(f"--arch {args.arch}: torchvision has no such classifier{close}")
+        raise SystemExit(f"--arch {args.arch}: torchvision has no such classifier")
+    if args.init:
+        load_init(model, args)
     if args.drop_path:
         add_drop_path(model, args.arch, args.drop_path)
     freeze_unused(model, args)
@@ -430,12 +426,27 @@ def build_torchvision(args: argparse.Namespace, num_classes: int) -> tuple[nn.Mo
     return model, {"kwargs": kwargs}
 
 
-def load_fitting(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Load all but the layers whose shape differs, as it does with the number of classes."""
+def load_fitting(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
+    """Load all tensors whose name and shape fit; names of the others. ValueError if none fits."""
     own = model.state_dict()
     fitting = {name: x for name, x in state.items() if name in own and x.shape == own[name].shape}
+    if not any(x.ndim for x in fitting.values()):
+        raise ValueError("none of its weights fits")
     own.update(fitting)  # in place: MNASNet wants the metadata, too
     model.load_state_dict(own)
+    return [name for name in own if name not in fitting]
+
+
+def load_init(model: nn.Module, args: argparse.Namespace) -> None:
+    """Start from another run's weights, and with its normalisation of images."""
+    try:
+        state = torch.load(args.init, map_location="cpu", weights_only=True)
+        args.mean, args.std = state["mean"], state["std"]
+        args.init_settings = state["settings"] | {"epoch": state["epoch"], "seed": None}
+        fresh = load_fitting(model, state["model"])
+    except Exception as error:  # a pickle of code may raise anything
+        raise SystemExit(f"--init {args.init}: {first_line(error)}") from error
+    print(f"--init {args.init}: all weights but {', '.join(fresh) or 'none'}")
 
 
 def add_drop_path(model: nn.Module, arch: str, rate: float) -> None:
@@ -479,23 +490,24 @@ def last_layer(model: nn.Module, num_classes: int) -> nn.Module:
 
 
 class Aligned(nn.Module):
-    """The plain model with the head h on the input of its last layer, and the text adapter, if any:
-    images [n, 3, S, S], texts [n, D] -> logits [n, K], image and text features [n, D] (of length
-    1, float32; None without the embeddings' `width`), tau."""
+    """The plain model with the head h on the input of its last layer (without classes: no h), and
+    the text adapter, if any: images [n, 3, S, S], texts [n, D] -> logits [n, K], image and text
+    features [n, D] (of length 1, float32; None without the embeddings' `width`), tau."""
 
     def __init__(self, model: nn.Module, num_classes: int, args, width: int | None):
         super().__init__()
-        self.model, self.projection, self.adapter = model, None, None
+        self.model, self.projection, self.adapter, self.width = model, None, None, width
         if width is None:
             return
-        layer = last_layer(model, num_classes)
-        channels = getattr(layer, "in_features", None) or layer.in_channels
-        batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-        self.projection = projection_head(args.projection, channels, width, batch_norm)
+        if num_classes:
+            layer = last_layer(model, num_classes)
+            channels = getattr(layer, "in_features", None) or layer.in_channels
+            batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+            self.projection = projection_head(args.projection, channels, width, batch_norm)
+            layer.register_forward_pre_hook(self.keep_features)
         self.adapter = text_adapter(width) if args.text_adapter == "mlp" else None
         log_temperature = torch.tensor(args.temperature).log()
         self.log_temperature = nn.Parameter(log_temperature, requires_grad=args.learn_temperature)
-        layer.register_forward_pre_hook(self.keep_features)
 
     def keep_features(self, layer: nn.Module, inputs: tuple) -> None:
         if layer.training:  # not in validation
@@ -504,13 +516,16 @@ class Aligned(nn.Module):
     def forward(self, images: torch.Tensor, texts: torch.Tensor):
         output = self.model(images)
         logits = getattr(output, "logits", output)
-        if self.projection is None:
+        if self.width is None:
             return logits, None, None, None
-        features, self.features = self.features, None
-        features = features.flatten(2).mean(2) if features.ndim == 4 else features  # [n, C]
+        features = logits
+        if self.projection:
+            features, self.features = self.features, None
+            features = features.flatten(2).mean(2) if features.ndim == 4 else features  # [n, C]
+            features = self.projection(features)
         texts = self.adapter(texts) if self.adapter else texts
-        features = F.normalize(self.projection(features).float(), dim=1)
-        return logits, features, F.normalize(texts.float(), dim=1), self.log_temperature.exp()
+        features, texts = F.normalize(features.float(), dim=1), F.normalize(texts.float(), dim=1)
+        return logits, features, texts, self.log_temperature.exp()
 
 
 def projection_head(kind: str, width: int, text_width: int, batch_norm: bool) -> nn.Module:
@@ -628,9 +643,6 @@ def mixed(loss: Callable, lam: float, *targets: torch.Tensor) -> torch.Tensor:
     return lam * loss(*targets) + (1 - lam) * loss(*(target.flip(0) for target in targets))
 
 
-# --------------------------------------------------------------------------------------- training
-
-
 def prepare(args, model: nn.Module, num_classes: int, width: int | None) -> SimpleNamespace:
     """What is trained, and with what: the model with the head on it (`net`), DDP around it (`ddp`),
     its average (`ema`), ...; `parts` are what a checkpoint saves and a resume restores."""
@@ -654,7 +666,6 @@ def prepare(args, model: nn.Module, num_classes: int, width: int | None) -> Simp
     optimizer = make_optimizer(net, args, amp)
     parts = {"net": net, "optimizer": optimizer, "scaler": scaler}
     parts |= {"ema_state": ema} if ema else {}
-    # mean and std of pixels from 0 to 255
     mean, std = 255 * torch.tensor([args.mean, args.std], device=args.device).view(2, 3, 1, 1)
     return SimpleNamespace(**parts, ddp=ddp, ema=ema, amp=amp, mean=mean, std=std, parts=parts)
 
@@ -686,7 +697,7 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
 
 
 def normalise(images: torch.Tensor, run: SimpleNamespace) -> torch.Tensor:
-    """uint8 [n, S, S, 3] -> float32 [n, 3, S, S], channels-last, on the device."""
+    """uint8 [n, S, S, 3] -> float32 [n, 3, S, S], channels-last; mean and std are of 0 to 255."""
     images = images.to(run.mean.device, non_blocking=True).permute(0, 3, 1, 2)
     return (images.float() - run.mean) / run.std
 
@@ -750,10 +761,11 @@ def train_epoch(args, run: SimpleNamespace, loader: DataLoader, epoch: int) -> d
     bar.close()
     seconds, (_, _, hits, labelled) = time.perf_counter() - start, global_sum(sums).tolist()
     speed = len(loader) * args.batch_size * args.world_size / seconds
-    entry = {"epoch": epoch + 1, "lr": rate, "loss_ce": ce}
+    entry = {"epoch": epoch + 1, "lr": rate}
+    entry |= {"loss_ce": ce, "train_top1": 100 * hits / labelled} if labelled else {}
     entry |= {"loss_align": align} if args.embeddings else {}
-    entry |= {"train_top1": 100 * hits / max(1, labelled), "images_per_s": speed}
-    return entry | {"data_wait": wait / seconds, "unreadable": unreadable}
+    entry |= {"images_per_s": speed, "data_wait": wait / seconds}
+    return entry | {"unreadable": unreadable}
 
 
 def global_sum(x: torch.Tensor) -> torch.Tensor:
@@ -793,11 +805,10 @@ def validate(run: SimpleNamespace, loader: DataLoader) -> float:
 def settings_of(args, samples: list[tuple[str, int]], captions: Captions | None, amp) -> dict:
     """All that decides about the weights; evaluate.py groups runs by it."""
     free = ["data", "out", "captions", "embeddings", "device", "workers", "rank", "resume"]
-    free += ["compile", "val_every"]
+    free += ["compile", "val_every", "init"]  # but init_settings
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    checksum = 0
-    for path, label in samples:
-        checksum = zlib.crc32(os.fsencode(f"{key_of(path, args.data)} {label}"), checksum)
+    images = "".join(f"{key_of(path, args.data)} {label}" for path, label in samples)
+    checksum = zlib.crc32(os.fsencode(images))
     settings |= {"amp": str(amp), "text": captions.identity if captions else None}
     return settings | {"images": f"{len(samples)} ({checksum:08x})"}
 
@@ -844,7 +855,9 @@ def save_epoch(args, run: SimpleNamespace, progress: dict, plain: dict) -> None:
     print(f"epoch {progress['epoch']}/{args.epochs}: {', '.join(figures)}")
     plain = plain | {"model": model.state_dict(), "val_top1": entry.get("val_top1")}
     plain |= {"ema": run.ema.module.state_dict() if run.ema else None, "epoch": progress["epoch"]}
-    plain["projection"] = run.net.projection.state_dict() if run.net.projection else None
+    for name in "projection", "adapter":
+        part = getattr(run.net, name)
+        plain[name] = part.state_dict() if part else None
     if entry.get("val_top1", -1.0) > progress["best_top1"]:
         progress["best_top1"] = entry["val_top1"]
         save(plain | {"selected": "best epoch on the validation folder"}, f"{folder}/best.pt")
@@ -864,20 +877,16 @@ def start_process(args: argparse.Namespace) -> None:
     if args.device.startswith("cuda"):
         local = int(os.environ.get("LOCAL_RANK", 0))
         torch.cuda.set_device(local if args.device == "cuda" else args.device)
-    elif args.world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
-        # more threads than cores cost more than they bring
+    elif args.world_size == 1 and "OMP_NUM_THREADS" not in os.environ:  # one thread per core
         torch.set_num_threads(max(1, available_cpus() - args.workers))
 
 
-def describe_run(args, model: nn.Module, data: tuple, captions: Captions | None) -> None:
-    classes, samples, val_samples = data
+def describe_run(args, model: nn.Module, classes, samples, val_samples, captions) -> None:
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"{args.arch}, {size:.2f} M parameters, {len(classes) or 'no'} classes, ", end="")
     described = np.count_nonzero(np.diff(captions.starts)) if captions else 0
-    images = f"{len(samples)} training images ({described} with captions)"
-    batch = (
-        f"{len(val_samples)} of val/, batch {args.batch_size} x {args.world_size}, lr {args.lr:g}"
-    )
-    print(f"{args.arch}, {size:.2f} M parameters, {len(classes)} classes, {images}, {batch}")
+    print(f"{len(samples)} training images ({described} with captions), {len(val_samples)} of val/")
+    print(f"batch {args.batch_size} x {args.world_size}, lr {args.lr:g}")
     if captions and captions.foreign:
         print(f"{captions.foreign} captions belong to no image of train/")
 
@@ -902,13 +911,13 @@ def check_epoch(args, run: SimpleNamespace, unreadable: set[int], samples: list)
 def main() -> None:
     args = parse_args()
     start_process(args)
-    data = classes, samples, val_samples = list_data(args.data)
+    classes, samples, val_samples = list_data(args)
     captions, keys = None, (key_of(path, args.data) for path, _ in samples)
     if args.embeddings:
         shuffle = args.seed if args.shuffle_captions else None
         captions = Captions(args.captions, args.embeddings, keys, shuffle)
-    model, rebuild = build_model(args, len(classes))
-    describe_run(args, model, data, captions)
+    model, rebuild = build_model(args, len(classes) or captions.width)
+    describe_run(args, model, classes, samples, val_samples, captions)
     loader, val_loader = make_loaders(args, samples, val_samples, captions)
     if args.world_size > 1:
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
@@ -920,13 +929,13 @@ def main() -> None:
     for epoch in range(progress["epoch"], args.epochs):
         entry = train_epoch(args, run, loader, epoch)
         entry["unreadable"] = check_epoch(args, run, entry["unreadable"], samples)
-        if (epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs:
+        if val_samples and ((epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs):
             entry["val_top1"] = validate(run, val_loader)
         progress["epoch"] = epoch + 1
         progress["log"].append(entry)
         if args.rank == 0:
             save_epoch(args, run, progress, plain)
-    print(f"{args.out}/last.pt, and best.pt at {progress['best_top1']:.2f} %: {args.epochs} epochs")
+    print(f"{args.out}/last.pt: {args.epochs} epochs")
     if args.world_size > 1:
         dist.destroy_process_group()
 

@@ -1,6 +1,6 @@
 """Describe every image of a folder with a multimodal LLM: stage 1 of 4, before embed.py.
 
-In:  --data DIR         an ImageNet-style folder, DIR/<class>/<image>, or DIR/<image>: no labels
+In:  --data DIR         DIR/<class>/<image>, as ImageNet; or DIR/<image>: without labels
 Out: --out FILE.jsonl   one JSON object per caption: "image" (path relative to DIR), "caption",
                         "model", "prompt", "settings"; it appears when all captions are there
      FILE.jsonl.failed  the images that could not be described, and why (only if there are any)
@@ -9,76 +9,72 @@ Launch:
     python caption.py --data imagenet/train                              # one process
     torchrun --nproc_per_node=8 caption.py --data imagenet/train         # the GPUs of one machine
     python caption.py --data imagenet/train --shard $TASK/64             # task 0..63 of a job array
+    python caption.py --data imagenet/train --server http://localhost:8000/v1 --model Qwen/...
     python caption.py --data imagenet/train --model template --prompt "a photo of a {class}"
     python caption.py --data imagenet/train --import their_captions.pth  # somebody else's captions
     python caption.py --data imagenet/train --preview captions.png       # look at twelve first
 
 Kill it at any moment and run the same line again: it goes on where it stopped. The unit of work is
 a batch, always the same images of the folder's order. Each process appends one line per finished
-batch to a file of its own in FILE.jsonl.parts/; whoever finds all batches there merges them. So
-greedy decoding gives the same file on any number of processes on the same hardware, however often
-they are restarted. The parts stay, for --retry-failed and a larger --limit: remove them at the end.
-From GPT4Image (arXiv 2306.00693), section "describe".
+batch to a file of its own in FILE.jsonl.parts/; whoever finds all batches there merges them: greedy
+decoding gives the same file on any number of processes on the same hardware, restarted or not. The
+parts stay, for --retry-failed and a larger --limit. GPT4Image (arXiv 2306.00693), "describe".
 """
 
 import argparse
+import base64
 import collections
 import contextlib
-import csv
 import gc
-import inspect
 import io
 import json
 import os
 import random
 import re
 import textwrap
+import threading
 import time
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import InferenceClient, constants
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
 
 MODEL = "HuggingFaceTB/SmolVLM-500M-Instruct"  # small, well known, runs on any GPU
 PROMPT = "Describe this image in detail."
-PATHS = ("image", "path", "image_path", "filepath", "file_path", "file", "file_name", "filename")
-TEXTS = ("caption", "captions", "text", "description")
 SETTINGS = ["model", "revision", "dtype", "prompt", "max_new_tokens", "batch_size"]
-SETTINGS += ["num_captions", "temperature", "top_p", "seed"]
+SETTINGS += ["num_captions", "temperature", "top_p", "seed", "max_side"]
+BLACK = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQAAAACCEkxzAAAAD0lEQVR42m"
+BLACK += "NgGAWjgHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"  # 64 x 64 pixels
+WAIT, TIMEOUT = 0.5, 300.0  # seconds: before a server is asked again (it doubles), for an answer
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The module's docstring as it stands, and the default of every option that has one."""
-
     def _get_help_string(self, action: argparse.Action) -> str:
         without = action.default is None or action.default is False  # 0 is a default, too
         return action.help if without else super()._get_help_string(action)
 
 
-def available_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     add, cuda = p.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
-    workers = max(1, min(4, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
-    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = max(1, min(4, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+    dtypes, batch = ["auto", "float32", "bfloat16", "float16"], 64 if cuda == "cuda" else 16
     add("--data", required=True, help="folder of images: DIR/<class>/<image> or DIR/<image>")
     add("--out", default="captions.jsonl", help="where the captions go")
     add("--model", default=MODEL, help="hub id or folder; template: the prompt is the caption")
     add("--prompt", action="append", help=f"may hold {{class}}; repeatable (default: {PROMPT})")
     add("--class-names", help="readable names: JSON {folder: name} or lines 'folder<TAB>name'")
-    add("--batch-size", type=int, default=16, help="images per generate call")
+    add("--batch-size", type=int, default=batch, help="images per generate call")
     add("--max-new-tokens", type=int, default=128, help="length limit of a caption")
     add("--num-captions", type=int, default=1, help="sampled captions per image and prompt")
     add("--temperature", type=float, default=0.0, help="0 decodes greedily")
@@ -87,12 +83,15 @@ def parse_args() -> argparse.Namespace:
     add("-j", "--workers", type=int, default=workers, help="processes that prepare images")
     add("--device", default=cuda, help="cuda, cuda:N or cpu")
     add("--dtype", default="auto", choices=dtypes, help="of the weights; auto: as they were saved")
+    add("--server", metavar="URL", help="ask --model there; its key: OPENAI_API_KEY")
+    add("--concurrency", type=int, default=64, help="requests to --server at once, up to 100")
+    add("--max-side", type=int, default=1024, help="--server gets larger images as small as this")
     add("--revision", default="main", help="branch, tag or commit of a hub model")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
     add("--limit", type=int, help="describe only the first N images of the folder's order")
     add("--retry-failed", action="store_true", help="do the batches again in which images failed")
     add("--shard", default="0/1", help="I/N: part I (from 0) of N; torchrun splits a part further")
-    add("--import", dest="published", metavar="FILE", help="somebody's .pth, .txt, .csv, .json(l)")
+    add("--import", dest="published", metavar="FILE", help="somebody's .pth, .txt, .json, .jsonl")
     add("--preview", metavar="PNG", help="draw twelve random images with captions, and stop")
     args = p.parse_args()
     args.prompt = args.prompt or [PROMPT]
@@ -101,18 +100,16 @@ def parse_args() -> argparse.Namespace:
 
 
 def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    placeholders = set(re.findall(r"{\w*}", " ".join(args.prompt)))
-    if placeholders - {"{class}"}:
-        p.error(f"--prompt: {placeholders} is not known, only {{class}} is")
+    if unknown := set(re.findall(r"{\w*}", " ".join(args.prompt))) - {"{class}"}:
+        p.error(f"--prompt: {unknown} is not known, only {{class}} is")
     counts = args.batch_size, args.max_new_tokens, args.num_captions, args.workers + 1
-    if min(*counts, 1 if args.limit is None else args.limit) < 1:
-        p.error("--batch-size, --max-new-tokens, --num-captions and --limit start at 1, -j at 0")
+    counts += args.concurrency, args.max_side, 1 if args.limit is None else args.limit
+    if min(counts) < 1:
+        p.error("numbers of images, captions, tokens, requests and pixels start at 1, -j at 0")
     if args.model == "template" and args.prompt == [PROMPT]:
         p.error('--model template needs a --prompt, "a photo of a {class}" for one')
     if args.num_captions > 1 and args.temperature == 0:
         p.error("--num-captions above 1 needs --temperature above 0: greedy ones are all the same")
-    if args.model.startswith((".", "/")) and not os.path.isdir(args.model):
-        p.error(f"--model {args.model}: there is no such folder")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         p.error("--device cuda: this machine has no GPU that torch can use")
     part = re.fullmatch(r"(\d+)/(\d+)", args.shard)
@@ -128,44 +125,35 @@ def list_images(data: str) -> list[str]:
         folders = {entry.name for entry in os.scandir(data) if entry.is_dir()}
         if folders >= {"train", "val"}:
             raise SystemExit(f"--data {data}: did you mean {os.path.join(data, 'train')}?")
-        if folders:
-            samples = ImageFolder(data).samples
-        else:  # images without labels
-            samples = make_dataset(data, {"": 0}, IMG_EXTENSIONS)
+        index = find_classes(data)[1] if folders else {"": 0}  # images without labels
+        samples = make_dataset(data, index, IMG_EXTENSIONS)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SystemExit(f"--data {data}: {error}") from error
     return [os.path.relpath(path, data).replace(os.sep, "/") for path, _ in samples]
 
 
 def name_classes(args: argparse.Namespace, keys: list[str]) -> dict[str, str]:
-    """{class folder: name} of --class-names, of ImageNet or the folder; {} if no prompt asks."""
+    """{class folder: name} of --class-names (the first of synonyms), of ImageNet or the folder."""
     if not any("{class}" in prompt for prompt in args.prompt):
         return {}
     if "/" not in keys[0]:
         raise SystemExit("{class}: the images of --data are not in class folders")
     folders = sorted({key.split("/")[0] for key in keys})
     if args.class_names:
-        names = read_class_names(args.class_names)
-        if missing := set(folders) - set(names):
-            what = f"no name for {len(missing)} class folder(s), as {min(missing)}"
-            raise SystemExit(f"--class-names {args.class_names}: {what}")
-        return {folder: names[folder] for folder in folders}
+        try:
+            text = Path(args.class_names).read_text(encoding="utf-8")
+            lines = [line.split("\t", 1) for line in text.splitlines()]
+            names = dict(json.loads(text) if args.class_names.endswith(".json") else lines)
+            if missing := set(folders) - set(names):
+                raise ValueError(f"no name for {len(missing)} class folders, as {min(missing)}")
+            return {folder: names[folder].split(",")[0].strip() for folder in folders}
+        except (OSError, ValueError, TypeError) as error:
+            raise SystemExit(f"--class-names {args.class_names}: {first_line(error)}") from error
     if not all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
         return {folder: folder.replace("_", " ") for folder in folders}
     if len(folders) != 1000:
         raise SystemExit("{class}: only all 1000 ImageNet folders have names: pass --class-names")
     return dict(zip(folders, ResNet50_Weights.DEFAULT.meta["categories"], strict=True))
-
-
-def read_class_names(file: str) -> dict[str, str]:
-    """{folder: name}, of synonyms ("goldfish, Carassius auratus") the first."""
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-        lines = [line.split("\t", 1) for line in text.splitlines() if "\t" in line]
-        names = dict(json.loads(text) if file.endswith(".json") else lines)
-    except (OSError, ValueError, TypeError) as error:
-        raise SystemExit(f"--class-names {file}: {first_line(error)}") from error
-    return {folder: str(name).split(",")[0].strip() for folder, name in names.items()}
 
 
 def load_image(path: str) -> Image.Image:
@@ -193,28 +181,26 @@ def load(kind: type, args: argparse.Namespace, **options):
 
 
 class Describer:
-    """An image-text-to-text model: one with a chat template (LLaVA, Qwen-VL, ...), one that
-    gets the plain prompt (BLIP, BLIP-2, InstructBLIP, Florence-2), or one without (ViT-GPT2, and
-    GIT, whose tokenizer would close it)."""
+    """A model with a chat template (LLaVA, Qwen-VL, ...), or with a plain prompt (BLIP-2, ...)."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, keys: list[str], names: dict[str, str]):
         if args.device.startswith("cuda"):
             local = int(os.environ.get("LOCAL_RANK", 0))
             torch.cuda.set_device(local if args.device == "cuda" else args.device)
-        self.args, self.seconds, self.new_tokens = args, 0.0, 0
-        self.options = {"max_new_tokens": args.max_new_tokens, "num_beams": 1, "do_sample": False}
-        self.options["num_return_sequences"] = args.num_captions
+        self.args, self.keys, self.names = args, keys, names
+        self.seconds = self.new_tokens = self.cut = 0
+        self.options = {"max_new_tokens": args.max_new_tokens, "num_beams": 1}
+        self.options |= {"num_return_sequences": args.num_captions, "do_sample": False}
         if args.temperature:
             sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
             self.options |= sampling | {"do_sample": True}
         self.model = load(transformers.AutoModelForImageTextToText, args, dtype=args.dtype).eval()
-        self.model.to(args.device)
+        self.dtype = self.model.to(args.device).dtype
         self.processor = load(transformers.AutoProcessor, args)
-        if hasattr(self.processor, "tokenizer"):
-            self.tokenizer = self.processor.tokenizer
-        else:
-            self.tokenizer = load(transformers.AutoTokenizer, args)
-            self.processor = load(transformers.AutoImageProcessor, args)
+        self.tokenizer = getattr(self.processor, "tokenizer", None)
+        if self.tokenizer is None or self.model.config.model_type == "git":
+            raise SystemExit(f"--model {args.model} takes no prompt")
+        self.tokenizer.model_input_names = ["input_ids", "attention_mask"]  # no token types
         self.tokenizer.padding_side = "left"  # new tokens must follow the prompt directly
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         if self.model.generation_config.pad_token_id is None:
@@ -228,11 +214,8 @@ class Describer:
         """Caption two grey images: what cannot be done shows now, not as a million failures."""
         images = [Image.new("RGB", size, "grey") for size in ((224, 224), (300, 200))]
         image_token = getattr(self.model.config, "image_token_id", None)
-        takes_text = hasattr(self.processor, "tokenizer") and self.model.config.model_type != "git"
         name = f"--model {self.args.model}"
         for prompt in self.args.prompt:
-            if prompt and not takes_text:
-                raise SystemExit(f"{name} takes no text: pass --prompt ''")
             try:
                 inputs = self.encode(images, prompt)
                 self.generate(inputs, max_new_tokens=2)
@@ -240,59 +223,58 @@ class Describer:
                 raise SystemExit(f"{name} cannot take {prompt!r}: {first_line(error)}") from error
             if image_token is not None and image_token not in inputs["input_ids"]:
                 raise SystemExit(f"{name}: its processor puts no image into the prompt")
+            self.image_bytes = sum(x.nbytes for x in inputs.values()) // len(images)
 
     def encode(self, images: list[Image.Image], prompt: str) -> dict:
-        """The model's inputs, left-padded, for images that share a prompt."""
+        """The model's inputs, left-padded, in its dtype, for images that share a prompt."""
         if getattr(self.processor, "chat_template", None):
             text = {"type": "text", "text": prompt}
             contents = [[{"type": "image", "image": image}, text] for image in images]
             chats = [[{"role": "user", "content": content}] for content in contents]
             options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
             options |= {"add_generation_prompt": True, "processor_kwargs": {"padding": True}}
-            return dict(self.processor.apply_chat_template(chats, **options))
-        # a processor with an image token (BLIP-2) puts the image into the text: there must be one
-        with_text = prompt or hasattr(self.processor, "image_token")
-        text = {"text": [prompt] * len(images)} if with_text else {}
-        return dict(self.processor(images=images, return_tensors="pt", **text))
+            inputs = self.processor.apply_chat_template(chats, **options)
+        else:
+            text = [prompt] * len(images)
+            inputs = self.processor(images=images, text=text, return_tensors="pt")
+        return dict(transformers.BatchFeature(inputs).to(self.dtype))
 
     @torch.inference_mode()
     def generate(self, inputs: dict, **changes) -> list[str]:
         """`--num-captions` captions of each row of `inputs`, rows in order."""
         args, model, start = self.args, self.model, time.perf_counter()
-        inputs = transformers.BatchFeature(inputs).to(args.device, model.dtype, non_blocking=True)
-        if "token_type_ids" not in inspect.signature(model.forward).parameters:
-            inputs.pop("token_type_ids", None)
-        prompt = inputs["input_ids"].clone() if "input_ids" in inputs else None  # BLIP changes it
+        inputs = transformers.BatchFeature(inputs).to(args.device, non_blocking=True)
+        prompt = inputs["input_ids"].repeat_interleave(args.num_captions, 0)  # BLIP changes it
         tokens = model.generate(**inputs, **(self.options | changes))
-        if prompt is not None:
-            tokens = without_prompt(tokens, prompt.repeat_interleave(args.num_captions, 0))
+        for cut in (prompt.shape[1], prompt.shape[1] - 1):  # BLIP's output lacks its last token
+            if cut > 1 and torch.equal(tokens[:, 1:cut], prompt[:, 1:cut]):
+                tokens = tokens[:, cut:]
+                break
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         special = torch.tensor(self.tokenizer.all_special_ids, device=tokens.device)
-        self.new_tokens += int((~torch.isin(tokens, special)).sum())
+        special = torch.isin(tokens, special)
+        self.new_tokens += int((~special).sum())
+        self.cut += int((~special.any(1)).sum())  # without an end
         self.seconds += time.perf_counter() - start
         return [" ".join(text.split()) for text in texts]
 
-
-def without_prompt(tokens: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-    """tokens [n, T] after prompt [n, P], if it is there (BLIP's without its last token)."""
-    for cut in (prompt.shape[1], prompt.shape[1] - 1):
-        if cut > 1 and torch.equal(tokens[:, 1:cut], prompt[:, 1:cut]):
-            return tokens[:, cut:]
-    return tokens
-
-
-@dataclass
-class Batches:
-    """Images, by their indices in the folder, on their way to captions. A request is (prompt as it
-    was given, images, model inputs or a string that says why there are none)."""
-
-    args: argparse.Namespace
-    keys: list[str]
-    names: dict[str, str]
-    describer: Describer
+    def answers(self, todo: list[range]) -> Iterator[dict[tuple[int, str], list[str] | str]]:
+        """describe() of each batch. What waits for the model takes at most about 4 GB."""
+        args, room = self.args, int(4e9 // (self.image_bytes * self.args.batch_size))
+        workers = min(args.workers, max(1, room))
+        options = {"num_workers": workers, "pin_memory": args.device.startswith("cuda")}
+        options |= {"prefetch_factor": min(2, room // workers) or 1} if workers else {}
+        options |= {"batch_sampler": todo, "collate_fn": self.read}
+        gc.freeze()  # else each worker's first full collection copies what it shares with us
+        self.seconds = self.new_tokens = self.cut = 0
+        loader = DataLoader(range(len(self.keys)), **options)
+        for batch, requests in zip(todo, loader, strict=True):
+            # sampling is the same whoever does this batch
+            torch.manual_seed(args.seed * 1_000_003 + batch.start // args.batch_size)
+            yield self.describe(requests)
 
     def read(self, batch: Iterable[int], prompts: Iterable[str] = ()) -> list:
-        """Requests for a batch, by default with all prompts; in a DataLoader's worker."""
+        """[(prompt, images, model inputs or why there are none)]; in a DataLoader's worker."""
         images, requests, prompts = {}, [], prompts or self.args.prompt
         for i in batch:
             try:
@@ -302,11 +284,10 @@ class Batches:
         for prompt in prompts:
             groups = collections.defaultdict(list)  # the model is given one text at a time
             for i in images:
-                name = self.names.get(self.keys[i].split("/")[0], "")
-                groups[prompt.replace("{class}", name)].append(i)
+                groups[in_words(prompt, self.keys[i], self.names)].append(i)
             for text, group in groups.items():
                 try:
-                    inputs = self.describer.encode([images[i] for i in group], text)
+                    inputs = self.encode([images[i] for i in group], text)
                 except Exception as error:  # one of them is too odd (1 x 4000 pixels, say)
                     inputs = first_line(error)
                 requests.append((prompt, group, inputs))
@@ -317,58 +298,146 @@ class Batches:
         holds an image that the model cannot take, is halved until that image is alone."""
         found, each = {}, self.args.num_captions
         for prompt, group, inputs in requests:
-            problem = inputs if isinstance(inputs, str) else None
-            if problem is None:
+            texts = inputs
+            if not isinstance(inputs, str):
                 try:
-                    texts = self.describer.generate(inputs)
+                    texts = self.generate(inputs)
                 except (torch.OutOfMemoryError, ValueError, IndexError) as error:
-                    problem = first_line(error)
-            if problem is None:
+                    texts = first_line(error)
+            if not isinstance(texts, str):
                 found |= {(i, prompt): texts[k * each :][:each] for k, i in enumerate(group)}
             elif len(group) == 1:
-                found[group[0], prompt] = problem
+                found[group[0], prompt] = texts
             else:
                 torch.cuda.empty_cache()
                 for half in (group[: len(group) // 2], group[len(group) // 2 :]):
                     found |= self.describe(self.read(half, [prompt]))
         return found
 
-    def records(self, batch: range, settings: str, found: dict) -> list[dict]:
-        """What is to be written of a batch: for each image all its captions, or one error."""
-        records = []
-        for i in batch:
-            results = {prompt: found[i, prompt] for prompt in self.args.prompt}
-            errors = [result for result in results.values() if isinstance(result, str)]
-            if errors:
-                records.append({"image": self.keys[i], "error": errors[0]})
-                continue
-            for prompt, captions in results.items():
-                source = {"model": self.args.model, "prompt": prompt, "settings": settings}
-                records += [{"image": self.keys[i], "caption": text} | source for text in captions]
-        return records
+
+class Server:
+    """Any model behind an OpenAI-compatible address (vLLM, SGLang, llama.cpp, hosted ones), with
+    Describer's answers(): `--concurrency` images are under way, of several batches."""
+
+    def __init__(self, args: argparse.Namespace, keys: list[str], names: dict[str, str]):
+        self.args, self.keys, self.names, self.bar = args, keys, names, tqdm(disable=True)
+        self.pool, self.stopped = ThreadPoolExecutor(args.concurrency), threading.Event()
+        self.lock, self.seconds, self.new_tokens, self.cut = threading.Lock(), 0, 0, 0
+        sampling = "model", "temperature", "top_p", "seed"
+        self.options = {name: getattr(args, name) for name in sampling}
+        self.options |= {"max_tokens": args.max_new_tokens, "n": args.num_captions}
+        constants.HF_HUB_OFFLINE = False  # it is not the hub that is asked
+        self.key = os.environ.get("OPENAI_API_KEY") or "none"  # else the hub's would be sent
+        self.client = InferenceClient(base_url=args.server, api_key=self.key, timeout=TIMEOUT)
+        answer = self.ask(-1, args.prompt[0], attempts=3)
+        if isinstance(answer, str):
+            raise SystemExit(f"--server {args.server}: {answer}")
+
+    def answers(self, todo: list[range]) -> Iterator[dict[tuple[int, str], list[str] | str]]:
+        """{(image, prompt): captions, or why there are none} of each batch, in order."""
+        waiting, ahead = collections.deque(), 2 * self.args.concurrency // self.args.batch_size + 2
+        try:
+            for batch in todo:
+                pairs = [(i, prompt) for i in batch for prompt in self.args.prompt]
+                waiting.append({pair: self.pool.submit(self.ask, *pair) for pair in pairs})
+                while len(waiting) > ahead or (waiting and batch == todo[-1]):
+                    yield {pair: done.result() for pair, done in waiting.popleft().items()}
+        finally:
+            self.stopped.set()
+            self.pool.shutdown(cancel_futures=True)
+
+    def ask(self, i: int, prompt: str, attempts: int = 10**9) -> list[str] | str:
+        """Captions of image i (-1: a black one), or why there are none. A server that is busy or
+        away is asked again, ever later; its words never show the key."""
+        key = self.keys[i] if i >= 0 else ""
+        try:
+            url = data_url(self.args.data, key, self.args.max_side)
+        except Exception as error:  # whatever a decoder raises, it costs this image only
+            return first_line(error)
+        text = {"type": "text", "text": in_words(prompt, key, self.names)}
+        image = {"type": "image_url", "image_url": {"url": url}}
+        chat = [{"role": "user", "content": [image, text]}]
+        status, attempt, start = 0, 0, time.perf_counter()
+        while status not in (400, 413, 415, 422) and attempt < attempts:
+            try:
+                answer = self.client.chat_completion(chat, **self.options)
+                with self.lock:
+                    self.seconds += (time.perf_counter() - start) / self.args.concurrency
+                    self.new_tokens += getattr(answer.usage, "completion_tokens", 0)
+                    self.cut += sum(one.finish_reason == "length" for one in answer.choices)
+                return [" ".join((one.message.content or "").split()) for one in answer.choices]
+            except Exception as error:  # each HTTP library has its own
+                response, words, after = getattr(error, "response", None), first_line(error), ""
+            status, attempt = getattr(response, "status_code", 0), attempt + 1
+            if status:
+                words, after = response.text, response.headers.get("retry-after", "")
+            words = f"{status or 'no answer,'} {' '.join(words.split())[:300]}"
+            words = words.replace(self.key, "***")
+            if status in (401, 403, 404):
+                raise SystemExit(f"--server {self.args.server}: {words}")
+            if attempt == 8 and isinstance(self.ask(-1, prompt, attempts=1), list):
+                break  # the server is well: it is this image that fails
+            pause = min(60, WAIT * 2**attempt) * random.uniform(0.5, 1)
+            pause = max(pause, int("0" + re.match(r"\d*", after)[0]))  # a date counts as none
+            self.bar.set_postfix_str(f"asking again in {pause:.0f} s: {words}")
+            if self.stopped.wait(pause):
+                raise SystemExit("interrupted")
+        return words
+
+
+def data_url(folder: str, key: str, side: int) -> str:
+    """A file as it is, if upright, of a common kind and no larger than `side`; else a JPEG."""
+    if not key:
+        return BLACK
+    path = os.path.join(folder, key)
+    image, content = load_image(path), Path(path).read_bytes()
+    with Image.open(path) as file:
+        kind, upright = file.format, file.getexif().get(0x0112, 1) == 1
+        common = kind in ("JPEG", "PNG", "WEBP") and file.mode in ("RGB", "L")
+    if not (common and upright and max(image.size) <= side):
+        stream, kind = io.BytesIO(), "JPEG"
+        image.thumbnail((side, side))
+        image.save(stream, kind, quality=95)
+        content = stream.getvalue()
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
+
+
+def in_words(prompt: str, key: str, names: dict[str, str]) -> str:
+    return prompt.replace("{class}", names.get(key.split("/")[0], ""))
+
+
+def records_of(source, batch: range, settings: str, found: dict) -> list[dict]:
+    """What is to be written of a batch: for each image all its captions, or one error."""
+    records = []
+    for i in batch:
+        image, results = source.keys[i], {p: found[i, p] for p in source.args.prompt}
+        errors = [result for result in results.values() if isinstance(result, str)]
+        if errors:
+            records.append({"image": image, "error": errors[0]})
+            continue
+        for prompt, captions in results.items():
+            more = {"model": source.args.model, "prompt": prompt, "settings": settings}
+            records += [{"image": image, "caption": text} | more for text in captions]
+    return records
 
 
 def jsonl(records: Iterable[dict]) -> bytes:
     return b"".join(json.dumps(record).encode() + b"\n" for record in records)
 
 
-def refuse_others(file: str, found: str, settings: str) -> None:
-    if found != settings:
-        raise SystemExit(f"{file} was begun with settings {found}, not {settings}: move it away")
-
-
 def scan(out: str, settings: str) -> dict[range, tuple[int, str, int]]:
-    """{batch: (failed images, file, offset of its line)}, the copy with the fewest failures. A line
-    that a kill cut short is no JSON, so its batch is done again."""
+    """{batch: (failed images, file, offset of its line)} of the copy with the fewest failures."""
     found = {}
     for file in sorted(Path(f"{out}.parts").glob("*.jsonl")):
         end = 0
         with open(file, "rb") as stream:
             for line in stream:
                 start, end = end, end + len(line)
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError):  # a line that a kill cut short is no JSON
                     part = json.loads(line)
-                    refuse_others(file, part["settings"], settings)
+                    if (begun := part["settings"]) != settings:
+                        what = f"was begun with settings {begun}, not {settings}: move it away"
+                        raise SystemExit(f"{file} {what}")
                     failed = sum("error" in record for record in part["records"])
                     batch, copy = range(*part["batch"]), (failed, file, start)
                     found[batch] = min(copy, found.get(batch, copy))
@@ -400,17 +469,6 @@ def merge(args: argparse.Namespace, batches: list[range], found: dict) -> None:
     print(summary(args.out))
 
 
-def write_whole(out: str, records: Iterable[dict]) -> None:
-    """Write --out in one go; other captions are never replaced."""
-    content = jsonl(records)
-    if os.path.exists(out) and Path(out).read_bytes() != content:
-        raise SystemExit(f"{out} holds other captions: choose another --out, or move it away")
-    temporary = f"{out}.tmp-{os.getpid()}"
-    Path(temporary).write_bytes(content)
-    os.replace(temporary, out)
-    print(summary(out))
-
-
 def summary(file: str) -> str:
     count, words, empty, different = 0, 0, 0, set()
     with open(file, "rb") as stream:
@@ -429,8 +487,9 @@ def read_published(file: str) -> list[tuple[str | None, str]]:
             captions = torch.load(file, weights_only=True)
             return [(None, captions[i].strip()) for i in range(len(captions))]  # a list of str
         text = Path(file).read_text(encoding="utf-8-sig", errors="replace")
-        if file.endswith(".csv"):
-            return read_csv(text)
+        if file.endswith(".jsonl"):  # our own
+            lines = [json.loads(line) for line in text.split("\n") if line]
+            return [(line["image"], line["caption"]) for line in lines]
         if file.endswith(".json"):  # of COCO, Flickr30k, RSICD: Karpathy's splits
             images = json.loads(text)["images"]
             pairs = [(image["filename"], image["sentences"]) for image in images]
@@ -438,22 +497,7 @@ def read_published(file: str) -> list[tuple[str | None, str]]:
             return list(dict.fromkeys(rows))  # people repeat themselves
     except Exception as error:  # a pickle may raise anything; weights_only runs no code of it
         raise SystemExit(f"--import {file}: cannot be read safely: {first_line(error)}") from error
-    lines = text.removesuffix("\n").split("\n")
-    if file.endswith(".jsonl"):  # our own
-        return [(line["image"], line["caption"]) for line in map(json.loads, lines)]
-    return [(None, line) for line in lines]
-
-
-def read_csv(text: str) -> list[tuple[str, str]]:
-    """[(path, caption)] of a table with a header, whose columns go by several names."""
-    first, *rows = csv.reader(io.StringIO(text))
-    columns = [name.strip().lower() for name in first]
-    for names in PATHS, TEXTS:
-        if not set(names) & set(columns):
-            raise ValueError(f"needs one of {names}, has {columns}")
-    path = next(columns.index(name) for name in PATHS if name in columns)
-    caption = next(columns.index(name) for name in TEXTS if name in columns)
-    return [(row[path], row[caption]) for row in rows if len(row) > max(path, caption)]
+    return [(None, line) for line in text.removesuffix("\n").split("\n")]
 
 
 def match(file: str, rows: list[tuple[str | None, str]], keys: list[str]) -> list[tuple[str, str]]:
@@ -479,79 +523,56 @@ def match(file: str, rows: list[tuple[str | None, str]], keys: list[str]) -> lis
     raise SystemExit(f"--import {file}: none of its {len(rows)} rows names an image of --data")
 
 
-def contact_sheet(file: str, data: str, captions: list[tuple[str, str]]) -> None:
-    """A picture of images with their captions below, four in a row, wrapped and never cut."""
-    columns, side, font = 4, 256, ImageFont.load_default(size=13)
-    texts = [f"{key.split('/')[0]}: {caption}" for key, caption in captions]
-    texts = [textwrap.fill(text.encode("utf-8", "replace").decode(), 38) for text in texts]
-    height = side + 24 + 18 * max(text.count("\n") + 1 for text in texts)
-    rows = (len(texts) + columns - 1) // columns
-    sheet = Image.new("RGB", (columns * (side + 16), height * rows), "white")
-    for place, ((key, _), text) in enumerate(zip(captions, texts, strict=True)):
-        x, y = 8 + place % columns * (side + 16), 8 + place // columns * height
-        image = ImageOps.pad(load_image(os.path.join(data, key)), (side, side), color="white")
-        sheet.paste(image, (x, y))
-        ImageDraw.Draw(sheet).multiline_text((x, y + side + 4), text, fill="black", font=font)
-    sheet.save(file, "PNG")
-    print(f"{file}: {len(texts)} captions")
-
-
-def preview(args: argparse.Namespace, keys: list[str], names: dict[str, str]) -> None:
-    keys = sorted(random.Random(args.seed).sample(keys, min(12, len(keys))))
-    batches, shown = Batches(args, keys, names, Describer(args)), []
-    torch.manual_seed(args.seed)
-    found = batches.describe(batches.read(range(len(keys))))
+def preview(args: argparse.Namespace, source, keys: list[str]) -> None:
+    """Draw images with their captions beside them, wrapped and never cut."""
+    found, shown = next(source.answers([range(len(keys))])), []
     for i, prompt in sorted(found):
         if isinstance(found[i, prompt], str):
             print(f"failed: {keys[i]!r}: {found[i, prompt]}")
         else:
-            shown += [(keys[i], text) for text in found[i, prompt]]
+            shown += [(keys[i], f"{keys[i]}: {caption}") for caption in found[i, prompt]]
+    texts = [textwrap.fill(text.encode("utf-8", "replace").decode(), 90) for _, text in shown]
     if not shown:
         raise SystemExit("--preview: none of the images could be described")
-    contact_sheet(args.preview, args.data, shown)
+    side = max(256, *(18 * (text.count("\n") + 1) for text in texts))
+    sheet, font = Image.new("RGB", (960, side * len(texts)), "white"), ImageFont.load_default(13)
+    for row, text in enumerate(texts):
+        image = load_image(os.path.join(args.data, shown[row][0]))
+        sheet.paste(ImageOps.pad(image, (248, 248), color="white"), (4, side * row + 4))
+        ImageDraw.Draw(sheet).multiline_text((260, side * row), text, fill="black", font=font)
+    sheet.save(args.preview, "PNG")
+    print(f"{args.preview}: {len(texts)} captions")
 
 
-def without_model(
-    args: argparse.Namespace, keys: list[str], names: dict[str, str]
-) -> Iterable[dict]:
+def write_without_model(args: argparse.Namespace, keys: list[str], names: dict[str, str]) -> None:
     """Captions that need no model: somebody's, or the prompt itself with the class's name in it."""
     if args.published:
-        source = {"model": f"import:{os.path.basename(args.published)}", "prompt": ""}
-        for key, caption in match(args.published, read_published(args.published), keys):
-            yield {"image": key, "caption": " ".join(caption.split())} | source
-        return
-    for key in keys[: args.limit]:
-        for prompt in args.prompt:
-            caption = prompt.replace("{class}", names.get(key.split("/")[0], ""))
-            yield {"image": key, "caption": caption, "model": "template", "prompt": prompt}
+        source = f"import:{os.path.basename(args.published)}", ""
+        pairs = match(args.published, read_published(args.published), keys)
+        rows = [(key, " ".join(caption.split()), *source) for key, caption in pairs]
+    else:
+        pairs = [(key, prompt) for key in keys[: args.limit] for prompt in args.prompt]
+        rows = [(key, in_words(prompt, key, names), "template", prompt) for key, prompt in pairs]
+    fields, temporary = ("image", "caption", "model", "prompt"), f"{args.out}.tmp-{os.getpid()}"
+    content = jsonl(dict(zip(fields, row, strict=True)) for row in rows)
+    if os.path.exists(args.out) and Path(args.out).read_bytes() != content:
+        raise SystemExit(f"{args.out} holds other captions: choose another --out, or move it away")
+    Path(temporary).write_bytes(content)
+    os.replace(temporary, args.out)
+    print(summary(args.out))
 
 
-def settings_of(args: argparse.Namespace, keys: list[str], names: dict[str, str]) -> str:
-    """All that decides about the captions; --revision becomes a commit, since branches move."""
-    config = load(transformers.AutoConfig, args)
-    args.revision = getattr(config, "_commit_hash", None) or args.revision
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    checksum = zlib.crc32(json.dumps([keys, names]).encode())
-    return json.dumps(settings | {"images": f"{len(keys)} ({checksum:08x})"})
-
-
-def describe_batches(batches: Batches, todo: list[range], settings: str, before: int) -> None:
+def describe_batches(source, todo: list[range], settings: str, before: int) -> None:
     """Append a line for each batch of `todo`; this process has `before` images behind it."""
-    args, model = batches.args, batches.describer
+    args, captions, failed = source.args, 0, 0
     own = f"{args.out}.parts/{args.shard}-of-{args.shards}.jsonl"
     os.makedirs(os.path.dirname(own), exist_ok=True)
-    options = {"num_workers": args.workers, "pin_memory": args.device.startswith("cuda")}
-    options |= {"batch_sampler": todo, "collate_fn": batches.read}
-    loader = DataLoader(range(len(batches.keys)), **options)
-    gc.freeze()  # else each worker's first full collection copies what it shares with this process
     total, quiet = before + sum(map(len, todo)), os.environ.get("RANK", "0") != "0"
-    model.seconds = model.new_tokens = captions = failed = 0
-    start = time.perf_counter()
-    with tqdm(total=total, initial=before, unit="image", smoothing=0.05, disable=quiet) as bar:
-        for batch, requests in zip(todo, loader, strict=True):
-            # sampling is the same whoever does this batch
-            torch.manual_seed(args.seed * 1_000_003 + batch.start // args.batch_size)
-            records = batches.records(batch, settings, batches.describe(requests))
+    bar = tqdm(total=total, initial=before, unit="image", smoothing=0.05, disable=quiet)
+    source.bar, start = bar, time.perf_counter()
+    with bar, contextlib.closing(source.answers(todo)) as answers:
+        for batch, found in zip(todo, answers, strict=True):
+            records = records_of(source, batch, settings, found)
             part = {"batch": [batch.start, batch.stop], "settings": settings, "records": records}
             try:
                 with open(own, "ab") as stream:  # the first byte ends a line that a kill cut short
@@ -564,14 +585,19 @@ def describe_batches(batches: Batches, todo: list[range], settings: str, before:
             bar.set_postfix(failed=failed, refresh=False)
             bar.update(len(batch))
             seconds = time.perf_counter() - start  # without the end of the workers
-    rates = f"{captions / seconds:.2f} captions/s, {model.new_tokens / seconds:.0f} new tokens/s"
-    share = f"{model.seconds / seconds:.0%} of the time inside generate"
-    print(f"this run: {captions} captions in {seconds:.1f} s, {rates}, {share}")
+    rates = f"{captions / seconds:.2f} captions/s, {source.new_tokens / seconds:.0f} new tokens/s"
+    rates += f", {source.seconds / seconds:.0%} of the time inside generate"
+    print(f"this run: {captions} captions ({source.cut} cut short) in {seconds:.1f} s, {rates}")
 
 
 def run(args: argparse.Namespace, keys: list[str], names: dict[str, str]) -> None:
     """Describe what is not on the disk; the process that finds all batches there merges them."""
-    settings = settings_of(args, keys, names)
+    if not args.server:  # --revision becomes a commit, since branches move
+        config = load(transformers.AutoConfig, args)
+        args.revision = getattr(config, "_commit_hash", None) or args.revision
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"server": bool(args.server)}
+    checksum = zlib.crc32(json.dumps([keys, names]).encode())
+    settings = json.dumps(settings | {"images": f"{len(keys)} ({checksum:08x})"})
     if os.path.exists(args.out) and not os.path.isdir(f"{args.out}.parts"):
         raise SystemExit(f"{args.out} is there, its parts are not: choose another --out")
     starts = range(0, args.limit, args.batch_size)
@@ -580,7 +606,8 @@ def run(args: argparse.Namespace, keys: list[str], names: dict[str, str]) -> Non
     todo = [b for b in mine if b not in found or (args.retry_failed and found[b][0])]
     if todo:
         before = sum(map(len, mine)) - sum(map(len, todo))
-        describe_batches(Batches(args, keys, names, Describer(args)), todo, settings, before)
+        source = (Server if args.server else Describer)(args, keys, names)
+        describe_batches(source, todo, settings, before)
     found = scan(args.out, settings)
     done = sum(batch in found for batch in batches)
     if done == len(batches):
@@ -595,9 +622,11 @@ def main() -> None:
     names = name_classes(args, keys)
     args.limit = min(args.limit or len(keys), len(keys))
     if args.preview:
-        preview(args, keys[: args.limit], names)
+        keys = random.Random(args.seed).sample(keys[: args.limit], min(12, args.limit))
+        source = (Server if args.server else Describer)(args, sorted(keys), names)
+        preview(args, source, sorted(keys))
     elif args.published or args.model == "template":
-        write_whole(args.out, without_model(args, keys, names))
+        write_without_model(args, keys, names)
     else:
         run(args, keys, names)
 

@@ -390,16 +390,16 @@ def data_url(folder: str, key: str, side: int) -> str:
     if not key:
         return BLACK
     path = os.path.join(folder, key)
-    image, content = load_image(path), Path(path).read_bytes()
     with Image.open(path) as file:
         kind, upright = file.format, file.getexif().get(0x0112, 1) == 1
         common = kind in ("JPEG", "PNG", "WEBP") and file.mode in ("RGB", "L")
-    if not (common and upright and max(image.size) <= side):
-        stream, kind = io.BytesIO(), "JPEG"
+        common &= upright and max(file.size) <= side
+    stream = io.BytesIO(Path(path).read_bytes() if common else b"")
+    if not common:
+        image, kind = load_image(path), "JPEG"
         image.thumbnail((side, side))
         image.save(stream, kind, quality=95)
-        content = stream.getvalue()
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def in_words(prompt: str, key: str, names: dict[str, str]) -> str:

@@ -16,9 +16,9 @@ Launch:
 
 Kill it at any moment and run the same line again: it goes on where it stopped. The unit of work is
 a batch, always the same images of the folder's order. Each process appends one line per finished
-batch to a file of its own in FILE.jsonl.parts/; whoever finds all batches there merges them: greedy
-decoding gives the same file on any number of processes on the same hardware, restarted or not. The
-parts stay, for --retry-failed and a larger --limit. GPT4Image (arXiv 2306.00693), "describe".
+batch to a file of its own in FILE.jsonl.parts/; whoever finds all batches there merges them. So
+greedy `generate` gives the same file on any number of processes of the same hardware. The parts
+stay, for --retry-failed and a larger --limit. GPT4Image (arXiv 2306.00693), "describe".
 """
 
 import argparse
@@ -44,7 +44,7 @@ import transformers
 from huggingface_hub import InferenceClient, constants
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
 
@@ -104,8 +104,8 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"--prompt: {unknown} is not known, only {{class}} is")
     counts = args.batch_size, args.max_new_tokens, args.num_captions, args.workers + 1
     counts += args.concurrency, args.max_side, 1 if args.limit is None else args.limit
-    if min(counts) < 1:
-        p.error("numbers of images, captions, tokens, requests and pixels start at 1, -j at 0")
+    if min(counts) < 1 or args.concurrency > 100:
+        p.error("numbers of images, tokens, requests (up to 100), pixels start at 1, -j at 0")
     if args.model == "template" and args.prompt == [PROMPT]:
         p.error('--model template needs a --prompt, "a photo of a {class}" for one')
     if args.num_captions > 1 and args.temperature == 0:
@@ -122,11 +122,10 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def list_images(data: str) -> list[str]:
     """Keys (POSIX paths relative to `data`) of all images, in torchvision's ImageFolder order."""
     try:
-        folders = {entry.name for entry in os.scandir(data) if entry.is_dir()}
-        if folders >= {"train", "val"}:
+        folders = [e.name for e in os.scandir(data) if e.is_dir() and not e.name.endswith(".parts")]
+        if {"train", "val"} <= set(folders):
             raise SystemExit(f"--data {data}: did you mean {os.path.join(data, 'train')}?")
-        index = find_classes(data)[1] if folders else {"": 0}  # images without labels
-        samples = make_dataset(data, index, IMG_EXTENSIONS)
+        samples = make_dataset(data, dict.fromkeys(folders or [""], 0), IMG_EXTENSIONS)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SystemExit(f"--data {data}: {error}") from error
     return [os.path.relpath(path, data).replace(os.sep, "/") for path, _ in samples]
@@ -188,7 +187,7 @@ class Describer:
             local = int(os.environ.get("LOCAL_RANK", 0))
             torch.cuda.set_device(local if args.device == "cuda" else args.device)
         self.args, self.keys, self.names = args, keys, names
-        self.seconds = self.new_tokens = self.cut = 0
+        self.seconds = self.new_tokens = self.cut = self.image_bytes = 0
         self.options = {"max_new_tokens": args.max_new_tokens, "num_beams": 1}
         self.options |= {"num_return_sequences": args.num_captions, "do_sample": False}
         if args.temperature:
@@ -208,11 +207,11 @@ class Describer:
         self.probe()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"model": None}  # workers that are spawned need no weights
+        return self.__dict__ | {"model": None, "bar": None}  # spawned workers need no weights
 
     def probe(self) -> None:
         """Caption two grey images: what cannot be done shows now, not as a million failures."""
-        images = [Image.new("RGB", size, "grey") for size in ((224, 224), (300, 200))]
+        images = [Image.new("RGB", size, "grey") for size in ((300, 200), (1024, 768))]
         image_token = getattr(self.model.config, "image_token_id", None)
         name = f"--model {self.args.model}"
         for prompt in self.args.prompt:
@@ -223,7 +222,7 @@ class Describer:
                 raise SystemExit(f"{name} cannot take {prompt!r}: {first_line(error)}") from error
             if image_token is not None and image_token not in inputs["input_ids"]:
                 raise SystemExit(f"{name}: its processor puts no image into the prompt")
-            self.image_bytes = sum(x.nbytes for x in inputs.values()) // len(images)
+            self.image_bytes += sum(x.nbytes for x in inputs.values()) // len(images)
 
     def encode(self, images: list[Image.Image], prompt: str) -> dict:
         """The model's inputs, left-padded, in its dtype, for images that share a prompt."""
@@ -251,10 +250,9 @@ class Describer:
                 tokens = tokens[:, cut:]
                 break
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        special = torch.tensor(self.tokenizer.all_special_ids, device=tokens.device)
-        special = torch.isin(tokens, special)
+        special = torch.isin(tokens, tokens.new_tensor(self.tokenizer.all_special_ids))
         self.new_tokens += int((~special).sum())
-        self.cut += int((~special.any(1)).sum())  # without an end
+        self.cut += int((~special[:, -1]).sum())  # without an end, and what fills up the row
         self.seconds += time.perf_counter() - start
         return [" ".join(text.split()) for text in texts]
 
@@ -323,18 +321,18 @@ class Server:
         self.args, self.keys, self.names, self.bar = args, keys, names, tqdm(disable=True)
         self.pool, self.stopped = ThreadPoolExecutor(args.concurrency), threading.Event()
         self.lock, self.seconds, self.new_tokens, self.cut = threading.Lock(), 0, 0, 0
-        sampling = "model", "temperature", "top_p", "seed"
-        self.options = {name: getattr(args, name) for name in sampling}
-        self.options |= {"max_tokens": args.max_new_tokens, "n": args.num_captions}
+        self.options = {"model": args.model, "n": args.num_captions, "top_p": args.top_p}
+        self.options |= {"max_tokens": args.max_new_tokens, "temperature": args.temperature}
         constants.HF_HUB_OFFLINE = False  # it is not the hub that is asked
-        self.key = os.environ.get("OPENAI_API_KEY") or "none"  # else the hub's would be sent
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"  # not the hub's
         self.client = InferenceClient(base_url=args.server, api_key=self.key, timeout=TIMEOUT)
         answer = self.ask(-1, args.prompt[0], attempts=3)
-        if isinstance(answer, str):
-            raise SystemExit(f"--server {args.server}: {answer}")
+        if isinstance(answer, str) or len(answer) != args.num_captions:
+            raise SystemExit(f"--server {args.server}, asked for {args.num_captions}: {answer}")
 
     def answers(self, todo: list[range]) -> Iterator[dict[tuple[int, str], list[str] | str]]:
         """{(image, prompt): captions, or why there are none} of each batch, in order."""
+        self.seconds = self.new_tokens = self.cut = 0  # without the first question
         waiting, ahead = collections.deque(), 2 * self.args.concurrency // self.args.batch_size + 2
         try:
             for batch in todo:
@@ -348,52 +346,53 @@ class Server:
 
     def ask(self, i: int, prompt: str, attempts: int = 10**9) -> list[str] | str:
         """Captions of image i (-1: a black one), or why there are none. A server that is busy or
-        away is asked again, ever later; its words never show the key."""
+        away is asked again, ever later; one that answers 500 to this image, eight times."""
         key = self.keys[i] if i >= 0 else ""
         try:
-            url = data_url(self.args.data, key, self.args.max_side)
+            url = data_url(self.args.data, key, self.args.max_side) if key else BLACK
         except Exception as error:  # whatever a decoder raises, it costs this image only
             return first_line(error)
         text = {"type": "text", "text": in_words(prompt, key, self.names)}
         image = {"type": "image_url", "image_url": {"url": url}}
         chat = [{"role": "user", "content": [image, text]}]
         status, attempt, start = 0, 0, time.perf_counter()
-        while status not in (400, 413, 415, 422) and attempt < attempts:
+        while status not in (400, 413, 415, 422) and attempt < (8 if status == 500 else attempts):
             try:
                 answer = self.client.chat_completion(chat, **self.options)
                 with self.lock:
                     self.seconds += (time.perf_counter() - start) / self.args.concurrency
-                    self.new_tokens += getattr(answer.usage, "completion_tokens", 0)
+                    self.new_tokens += getattr(answer.usage, "completion_tokens", 0) or 0
                     self.cut += sum(one.finish_reason == "length" for one in answer.choices)
                 return [" ".join((one.message.content or "").split()) for one in answer.choices]
             except Exception as error:  # each HTTP library has its own
-                response, words, after = getattr(error, "response", None), first_line(error), ""
-            status, attempt = getattr(response, "status_code", 0), attempt + 1
-            if status:
-                words, after = response.text, response.headers.get("retry-after", "")
-            words = f"{status or 'no answer,'} {' '.join(words.split())[:300]}"
-            words = words.replace(self.key, "***")
+                status, words, after = refusal(error)
+            words, attempt = " ".join(words.split()).replace(self.key, "***")[:300], attempt + 1
             if status in (401, 403, 404):
                 raise SystemExit(f"--server {self.args.server}: {words}")
-            if attempt == 8 and isinstance(self.ask(-1, prompt, attempts=1), list):
-                break  # the server is well: it is this image that fails
-            pause = min(60, WAIT * 2**attempt) * random.uniform(0.5, 1)
-            pause = max(pause, int("0" + re.match(r"\d*", after)[0]))  # a date counts as none
+            pause = max(after, min(60, WAIT * 2 ** min(attempt, 7)) * random.uniform(0.5, 1))
             self.bar.set_postfix_str(f"asking again in {pause:.0f} s: {words}")
             if self.stopped.wait(pause):
                 raise SystemExit("interrupted")
         return words
 
 
+def refusal(error: Exception) -> tuple[int, str, int]:
+    """Status (0: no answer), words, and the seconds that the server wants to be left alone."""
+    responses = [getattr(e, "response", None) for e in (error, error.__context__)]
+    response = responses[0] or responses[1]  # the second: where the client stumbled over it
+    if response is None:
+        return 0, f"no answer, {first_line(error)}", 0
+    after = re.match(r"\d{0,4}", response.headers.get("retry-after", ""))[0]  # not a date
+    return response.status_code, f"{response.status_code} {response.text}", int(after or 0)
+
+
 def data_url(folder: str, key: str, side: int) -> str:
     """A file as it is, if upright, of a common kind and no larger than `side`; else a JPEG."""
-    if not key:
-        return BLACK
     path = os.path.join(folder, key)
     with Image.open(path) as file:
         kind, upright = file.format, file.getexif().get(0x0112, 1) == 1
         common = kind in ("JPEG", "PNG", "WEBP") and file.mode in ("RGB", "L")
-        common &= upright and max(file.size) <= side
+        common &= upright and max(file.size) <= side and "transparency" not in file.info
     stream = io.BytesIO(Path(path).read_bytes() if common else b"")
     if not common:
         image, kind = load_image(path), "JPEG"

@@ -366,11 +366,13 @@ def seed_rows(results: list[dict]) -> list[dict]:
     """A row per group of results that differ in nothing but the seed; a seed counts once."""
     groups, names, rows = {}, {}, []
     for result in results:
-        same = result["settings"] | {"seed": None, "selected": result["selected"]}
+        settings, seed = result["settings"], result["settings"].get("seed")
+        same = settings | {"seed": None, "init_seed": None, "selected": result["selected"]}
         same["epoch"] = "best" in result["selected"] or result["epoch"]  # not with unfinished runs
         key = json.dumps(same, sort_keys=True)
         names.setdefault(key, result["checkpoint"])
-        groups.setdefault(key, {})[result["settings"].get("seed")] = measures_of(result)
+        seeds = seed, settings.get("init_seed") or seed
+        groups.setdefault(key, {})[seeds] = measures_of(result)
     base = next(iter(groups.values()))
     for key, group in groups.items():
         row = {"seeds": len(group), "first checkpoint of the group": names[key]}
@@ -385,7 +387,6 @@ def seed_rows(results: list[dict]) -> list[dict]:
 
 
 def measures_of(result: dict) -> dict[str, float]:
-    """What the tables show of a result."""
     measures = {}
     if "top1" in result:
         measures |= {"top-1 %": result["top1"], "top-5 %": result["top5"]}
@@ -404,9 +405,7 @@ def report(results: list[dict], names: list[str]) -> None:
         for result in here:
             row = {field: result[field] for field in FIELDS} | measures_of(result)
             if result.get("reference", result["checkpoint"]) != result["checkpoint"]:
-                row["difference (95 %)"] = (
-                    f"{result['difference']:+.2f} +- {result['interval']:.2f}"
-                )
+                row["difference"] = f"{result['difference']:+.2f} +- {result['interval']:.2f}"
             row["M parameters"] = result["parameters"] / 1e6
             rows.append(row | {"images/s": round(result["images_per_s"])})
         print_table(rows)

@@ -1714,14 +1714,14 @@ runpy.run_path({script!r}, run_name="__main__")"""
         state = torch.load(file, weights_only=True)
         torch.save(state | {"mean": [0.1, 0.2, 0.3]}, file)
         printed = call(train_line("second", f"--init {file} --epochs 1 --lr 1e-9"))
-        self.assertIn("all weights but classifier.1.weight, classifier.1.bias\n", printed)
+        self.assertIn("all weights but 2: classifier.1.weight, classifier.1.bias\n", printed)
         found = torch.load(TMP / "second/last.pt", weights_only=True)
         self.assertEqual(found["mean"], [0.1, 0.2, 0.3])
         self.assertEqual(len(found["model"]["classifier.1.weight"]), 4)
         name = "features.0.weight"
         torch.testing.assert_close(found["model"][name], state["model"][name])
         theirs = found["settings"]["init_settings"]
-        self.assertEqual((theirs["text_adapter"], theirs["seed"]), ("mlp", None))
+        self.assertEqual((theirs["seed"], found["settings"]["init_seed"]), (None, 0))
         self.refused("none of its weights fits", train_line("x", f"--init {file} --arch resnet18"))
         self.refused("exclude each other", train_line("x", f"--init {file} --pretrained"))
         torch.save(Base, TMP / "code.pt")

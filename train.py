@@ -107,7 +107,7 @@ def parse_args() -> argparse.Namespace:
     add("--recipe", default="resnet", choices=RECIPES, help="other defaults: see below")
     add("--arch", default="resnet50", help="torchvision classifier, or transformers' id or folder")
     add("--pretrained", action=flag, default=False, help="start from published weights")
-    add("--init", metavar="FILE", help="start from another run's last.pt; not its last layer")
+    add("--init", metavar="FILE", help="start from another run's weights, where shapes fit")
     add("--epochs", type=int, default=120, help="passes over the training images")
     add("-b", "--batch-size", type=int, default=256, help="images per process")
     add("--lr", type=float, help="peak learning rate (the recipe's, scaled with the global batch)")
@@ -145,6 +145,7 @@ def parse_args() -> argparse.Namespace:
     add("-j", "--workers", type=int, default=workers, help="data loading processes")
     add("--device", default=cuda, help="cuda, cuda:N or cpu")
     add("--resume", nargs="?", const=True, metavar="FILE", help="go on from RUN/last.pt, else FILE")
+    p.set_defaults(init_settings=None, init_seed=None)  # what --init was trained with
     recipe = RECIPES[p.parse_args().recipe].split()
     args = p.parse_args([*recipe, *sys.argv[1:]])
     check(p, args, {word.split("=")[0] for word in sys.argv[1:]})
@@ -441,12 +442,12 @@ def load_init(model: nn.Module, args: argparse.Namespace) -> None:
     """Start from another run's weights, and with its normalisation of images."""
     try:
         state = torch.load(args.init, map_location="cpu", weights_only=True)
-        args.mean, args.std = state["mean"], state["std"]
+        args.mean, args.std, args.init_seed = state["mean"], state["std"], state["settings"]["seed"]
         args.init_settings = state["settings"] | {"epoch": state["epoch"], "seed": None}
         fresh = load_fitting(model, state["model"])
     except Exception as error:  # a pickle of code may raise anything
         raise SystemExit(f"--init {args.init}: {first_line(error)}") from error
-    print(f"--init {args.init}: all weights but {', '.join(fresh) or 'none'}")
+    print(f"--init {args.init}: all weights but {len(fresh)}: {', '.join(fresh)[:300]}")
 
 
 def add_drop_path(model: nn.Module, arch: str, rate: float) -> None:

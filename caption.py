@@ -10,7 +10,6 @@ Launch:
     torchrun --nproc_per_node=8 caption.py --data imagenet/train         # the GPUs of one machine
     python caption.py --data imagenet/train --shard $TASK/64             # task 0..63 of a job array
     python caption.py --data imagenet/train --server http://localhost:8000/v1 --model Qwen/...
-    python caption.py --data imagenet/train --model template --prompt "a photo of a {class}"
     python caption.py --data imagenet/train --import their_captions.pth  # somebody else's captions
     python caption.py --data imagenet/train --preview captions.png       # look at twelve first
 
@@ -85,7 +84,7 @@ def parse_args() -> argparse.Namespace:
     add("--dtype", default="auto", choices=dtypes, help="of the weights; auto: as they were saved")
     add("--server", metavar="URL", help="ask --model there; its key: OPENAI_API_KEY")
     add("--concurrency", type=int, default=64, help="requests to --server at once, up to 100")
-    add("--max-side", type=int, default=1024, help="--server gets larger images as small as this")
+    add("--max-side", type=int, default=1024, help="larger images go to --server at this size")
     add("--revision", default="main", help="branch, tag or commit of a hub model")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
     add("--limit", type=int, help="describe only the first N images of the folder's order")
@@ -110,6 +109,8 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error('--model template needs a --prompt, "a photo of a {class}" for one')
     if args.num_captions > 1 and args.temperature == 0:
         p.error("--num-captions above 1 needs --temperature above 0: greedy ones are all the same")
+    if not re.match("https?://", args.server or "http://"):
+        p.error(f"--server {args.server}: an address begins with http:// or https://")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         p.error("--device cuda: this machine has no GPU that torch can use")
     part = re.fullmatch(r"(\d+)/(\d+)", args.shard)
@@ -328,7 +329,7 @@ class Server:
         self.client = InferenceClient(base_url=args.server, api_key=self.key, timeout=TIMEOUT)
         answer = self.ask(-1, args.prompt[0], attempts=3)
         if isinstance(answer, str) or len(answer) != args.num_captions:
-            raise SystemExit(f"--server {args.server}, asked for {args.num_captions}: {answer}")
+            raise SystemExit(f"--server {args.server}, for {args.num_captions} captions: {answer}")
 
     def answers(self, todo: list[range]) -> Iterator[dict[tuple[int, str], list[str] | str]]:
         """{(image, prompt): captions, or why there are none} of each batch, in order."""

@@ -13,11 +13,11 @@ Launch:
     python caption.py --data imagenet/train --import their_captions.pth  # somebody else's captions
     python caption.py --data imagenet/train --preview captions.png       # look at twelve first
 
-Kill it at any moment and run the same line again: it goes on where it stopped. The unit of work is
-a batch, always the same images of the folder's order. Each process appends one line per finished
-batch to a file of its own in FILE.jsonl.parts/; whoever finds all batches there merges them. So
-greedy `generate` gives the same file on any number of processes of the same hardware. The parts
-stay, for --retry-failed and a larger --limit. GPT4Image (arXiv 2306.00693), "describe".
+Kill it at any moment and run the same line again: it goes on where it stopped. Each process appends
+a line per finished batch (always the same images of the folder's order) to a file of its own in
+FILE.jsonl.parts/; whoever finds all batches there merges them. So greedy `generate` gives the same
+file on any number of processes of the same hardware. The parts stay, for --retry-failed and a
+larger --limit. GPT4Image (arXiv 2306.00693), "describe".
 """
 
 import argparse
@@ -322,8 +322,8 @@ class Server:
         self.args, self.keys, self.names, self.bar = args, keys, names, tqdm(disable=True)
         self.pool, self.stopped = ThreadPoolExecutor(args.concurrency), threading.Event()
         self.lock, self.seconds, self.new_tokens, self.cut = threading.Lock(), 0, 0, 0
-        self.options = {"model": args.model, "n": args.num_captions, "top_p": args.top_p}
-        self.options |= {"max_tokens": args.max_new_tokens, "temperature": args.temperature}
+        self.options = {k: getattr(args, k) for k in ("model", "temperature", "top_p", "seed")}
+        self.options |= {"max_tokens": args.max_new_tokens, "n": args.num_captions}
         constants.HF_HUB_OFFLINE = False  # it is not the hub that is asked
         self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"  # not the hub's
         self.client = InferenceClient(base_url=args.server, api_key=self.key, timeout=TIMEOUT)
@@ -523,9 +523,9 @@ def match(file: str, rows: list[tuple[str | None, str]], keys: list[str]) -> lis
     raise SystemExit(f"--import {file}: none of its {len(rows)} rows names an image of --data")
 
 
-def preview(args: argparse.Namespace, source, keys: list[str]) -> None:
-    """Draw images with their captions beside them, wrapped and never cut."""
-    found, shown = next(source.answers([range(len(keys))])), []
+def preview(source, file: str) -> None:
+    """Draw the source's images with their captions beside them, wrapped and never cut."""
+    keys, found, shown = source.keys, next(source.answers([range(len(source.keys))])), []
     for i, prompt in sorted(found):
         if isinstance(found[i, prompt], str):
             print(f"failed: {keys[i]!r}: {found[i, prompt]}")
@@ -537,11 +537,11 @@ def preview(args: argparse.Namespace, source, keys: list[str]) -> None:
     side = max(256, *(18 * (text.count("\n") + 1) for text in texts))
     sheet, font = Image.new("RGB", (960, side * len(texts)), "white"), ImageFont.load_default(13)
     for row, text in enumerate(texts):
-        image = load_image(os.path.join(args.data, shown[row][0]))
+        image = load_image(os.path.join(source.args.data, shown[row][0]))
         sheet.paste(ImageOps.pad(image, (248, 248), color="white"), (4, side * row + 4))
         ImageDraw.Draw(sheet).multiline_text((260, side * row), text, fill="black", font=font)
-    sheet.save(args.preview, "PNG")
-    print(f"{args.preview}: {len(texts)} captions")
+    sheet.save(file, "PNG")
+    print(f"{file}: {len(texts)} captions")
 
 
 def write_without_model(args: argparse.Namespace, keys: list[str], names: dict[str, str]) -> None:
@@ -549,7 +549,8 @@ def write_without_model(args: argparse.Namespace, keys: list[str], names: dict[s
     if args.published:
         source = f"import:{os.path.basename(args.published)}", ""
         pairs = match(args.published, read_published(args.published), keys)
-        rows = [(key, " ".join(caption.split()), *source) for key, caption in pairs]
+        kept = set(keys[: args.limit])
+        rows = [(key, " ".join(caption.split()), *source) for key, caption in pairs if key in kept]
     else:
         pairs = [(key, prompt) for key in keys[: args.limit] for prompt in args.prompt]
         rows = [(key, in_words(prompt, key, names), "template", prompt) for key, prompt in pairs]
@@ -623,8 +624,7 @@ def main() -> None:
     args.limit = min(args.limit or len(keys), len(keys))
     if args.preview:
         keys = random.Random(args.seed).sample(keys[: args.limit], min(12, args.limit))
-        source = (Server if args.server else Describer)(args, sorted(keys), names)
-        preview(args, source, sorted(keys))
+        preview((Server if args.server else Describer)(args, sorted(keys), names), args.preview)
     elif args.published or args.model == "template":
         write_without_model(args, keys, names)
     else:

@@ -149,6 +149,8 @@ def parse_args() -> argparse.Namespace:
     recipe = RECIPES[p.parse_args().recipe].split()
     args = p.parse_args([*recipe, *sys.argv[1:]])
     check(p, args, {word.split("=")[0] for word in sys.argv[1:]})
+    if os.path.exists(os.path.join(args.out, "last.pt")) and not args.resume:
+        p.error(f"{args.out}/last.pt exists: go on with --resume, or choose another --out")
     args.rank = int(os.environ.get("RANK", 0))
     args.world_size = int(os.environ.get("WORLD_SIZE", 1))
     if args.lr is None:
@@ -765,8 +767,7 @@ def train_epoch(args, run: SimpleNamespace, loader: DataLoader, epoch: int) -> d
     entry = {"epoch": epoch + 1, "lr": rate}
     entry |= {"loss_ce": ce, "train_top1": 100 * hits / labelled} if labelled else {}
     entry |= {"loss_align": align} if args.embeddings else {}
-    entry |= {"images_per_s": speed, "data_wait": wait / seconds}
-    return entry | {"unreadable": unreadable}
+    return entry | {"images_per_s": speed, "data_wait": wait / seconds, "unreadable": unreadable}
 
 
 def global_sum(x: torch.Tensor) -> torch.Tensor:
@@ -829,8 +830,6 @@ def resume(args: argparse.Namespace, run: SimpleNamespace, settings: dict) -> di
     os.makedirs(args.out, exist_ok=True)  # now, not after an epoch
     last = os.path.join(args.out, "last.pt")
     file = last if os.path.exists(last) or args.resume is True else args.resume
-    if os.path.exists(last) and not args.resume:
-        raise SystemExit(f"{last} exists: go on with --resume, or choose another --out")
     if not args.resume or (args.resume is True and not os.path.exists(last)):
         versions = {m.__name__: m.__version__ for m in (torch, torchvision, transformers, np)}
         log = [{"config": vars(args) | settings, "versions": str(versions)}]

@@ -21,6 +21,10 @@ WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 3200, 1800, 260, 180, 2500, 1560  # ha
 TITLE = "RSICD, top-1 on test images, %: mean over seeds; band: \u00b1 standard deviation"
 
 
+def several(shares: dict[int, list[float]]) -> bool:
+    return len(shares) > 1 and min(map(len, shares.values())) > 1
+
+
 def curves(file: str) -> dict[str, dict[int, list[float]]]:
     """Top-1 of each seed by row and share of wrong labels; of a run evaluated twice, the later."""
     with open(file, encoding="utf-8") as lines:
@@ -29,7 +33,7 @@ def curves(file: str) -> dict[str, dict[int, list[float]]]:
     for checkpoint, value in top1.items():
         if name := re.search(r"(\d+)-([a-z]+)-\d+/", checkpoint):
             found[name[2]][int(name[1])].append(value)
-    return {row: dict(sorted(found[row].items())) for row in ROWS if len(found[row]) > 1}
+    return {row: dict(sorted(found[row].items())) for row in ROWS if several(found[row])}
 
 
 def draw(rows: dict[str, dict[int, list[float]]]) -> Image.Image:
@@ -69,4 +73,6 @@ def draw(rows: dict[str, dict[int, list[float]]]) -> Image.Image:
 
 
 if __name__ == "__main__":
-    draw(curves(sys.argv[1])).save(sys.argv[2], optimize=True)
+    if not (rows := curves(sys.argv[1])):
+        sys.exit(f"{sys.argv[1]}: no row at two shares of wrong labels, with two seeds each")
+    draw(rows).save(sys.argv[2], optimize=True)

@@ -1,6 +1,6 @@
-"""README's figure: top-1 over the share of wrong labels, a curve per row with
-several. Usage: python .github/figure.py RESULTS.jsonl OUT.png, where RESULTS is evaluate.py's --out
-of one folder for checkpoints called runs/WRONG-ROW-SEED/last.pt."""
+"""README's figure: top-1 over the share of wrong labels, a curve per row. Usage: python
+.github/figure.py RESULTS.jsonl OUT.png, where RESULTS is evaluate.py's --out of one folder for
+checkpoints called runs/WRONG-ROW-SEED/last.pt."""
 
 import collections
 import functools
@@ -14,14 +14,13 @@ from PIL import Image, ImageDraw, ImageFont
 ROWS = {
     "clip": ("+ descriptions", (20, 90, 190)),
     "ce": ("cross-entropy", (215, 95, 0)),
-    "names": ("+ folders' names", (0, 130, 90)),
-    "shuffled": ("+ descriptions of\nother images", (150, 150, 150)),
 }
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 3200, 1800, 260, 180, 2500, 1560  # halved at the end
 TITLE = "RSICD, top-1 on test images, %: mean over seeds; band: \u00b1 standard deviation"
 
 
 def several(shares: dict[int, list[float]]) -> bool:
+    """Enough for a curve and its band: two shares of wrong labels, two seeds each."""
     return len(shares) > 1 and min(map(len, shares.values())) > 1
 
 
@@ -56,19 +55,15 @@ def draw(rows: dict[str, dict[int, list[float]]]) -> Image.Image:
         write((LEFT - 40, y), f"{value}", "black", anchor="rm")
     for share in shares:
         write((place(share, 0)[0], BOTTOM + 40), f"{share} %", "black", anchor="mt")
-    ends = []
     for row, points in rows.items():
         stats = [(x, statistics.mean(v), statistics.stdev(v)) for x, v in points.items()]
+        words, colour = ROWS[row]
         line, upper, lower = ([place(x, y + k * sd) for x, y, sd in stats] for k in (0, 1, -1))
-        pen.polygon(upper + lower[::-1], fill=(*ROWS[row][1], 50))
-        pen.line(line, fill=ROWS[row][1], width=14, joint="curve")
+        pen.polygon(upper + lower[::-1], fill=(*colour, 50))
+        pen.line(line, fill=colour, width=14, joint="curve")
         for x, y in line:
-            pen.ellipse((x - 18, y - 18, x + 18, y + 18), fill=ROWS[row][1])
-        ends.append((line[-1][1] - 40, row))
-    free = 0
-    for y, row in sorted(ends):  # beside the curves' ends, but not over each other
-        write((RIGHT + 90, y := max(y, free)), *ROWS[row], spacing=15)
-        free = y + 75 * (1 + ROWS[row][0].count("\n"))
+            pen.ellipse((x - 18, y - 18, x + 18, y + 18), fill=colour)
+        write((RIGHT + 90, line[-1][1] - 40), words, colour)
     return image.reduce(2)
 
 

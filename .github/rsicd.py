@@ -5,6 +5,7 @@ and flat (no classes), and prints the lines of train.py. Usage: python .github/r
 import json
 import os
 import random
+from collections.abc import Iterator
 
 
 def put(name: str, folder: str) -> None:
@@ -18,14 +19,16 @@ def lay_out() -> None:
         images = json.load(file)["images"]
     split = {one["filename"]: one["split"] for one in images if not one["filename"][0].isdigit()}
     label = {name: name.rsplit("_", 1)[0] for name in split}  # the others' names state none
-    classes, train = sorted(set(label.values())), [name for name in split if split[name] == "train"]
+    classes = sorted(set(label.values()))
+    train = [name for name in split if split[name] == "train"]
     for share in 0, 20, 40, 60:
         rng = random.Random(0)
         wrong = set(rng.sample(train, len(train) * share // 100))
         for name, right in label.items():
             chosen = rng.choice([c for c in classes if c != right]) if name in wrong else right
             put(name, f"{share}/{split[name]}/{chosen}")
-    rng, few = random.Random(0), set()
+    rng = random.Random(0)
+    few = set()
     for one in classes:
         few.update(rng.sample(sorted(name for name in train if label[name] == one), 10))
     for name in split:
@@ -38,36 +41,41 @@ def texts(folder: str, file: str) -> str:
     return f"--captions rsicd/{folder}/{file}.jsonl --embeddings rsicd/{folder}/{file}.npy"
 
 
-def jobs(seed: int) -> list[str]:
-    """Lines of train.py; those that start from another run's weights are behind it."""
-    run = f"train.py --arch shufflenet_v2_x0_5 --input-size 64 -j 0 --resume --seed {seed}"
-    lines = []
+def wrong_labels(run: str, seed: int) -> Iterator[str]:
+    strong = "--align-weight 3 --temperature 0.1"
     for share in "0", "20", "40", "60":
-        strong = "--align-weight 3 --temperature 0.1"
         rows = {"ce": "", "clip": f"{strong} {texts(share, 'train')}"}
         if share == "40":
             rows["shuffled"] = f"{rows['clip']} --shuffle-captions"
             rows["names"] = f"{strong} {texts(share, 'names')}"
             rows |= {"fast": "--lr 0.1", "smooth": "--label-smoothing 0.1"}  # the later --lr wins
-        noisy = f"{run} --data rsicd/{share} -b 50 --epochs 15 --val-every 15 --lr 0.03"
-        lines += [f"{noisy} {row} --out runs/{share}-{name}-{seed}" for name, row in rows.items()]
-    free = f"{run} --data rsicd/flat -b 100 --epochs 15 --lr 0.1 --temperature 0.07"
-    free = f"{free} --captions rsicd/flat/train.jsonl --embeddings rsicd/flat"
+        for row, options in rows.items():
+            common = f"{run} --data rsicd/{share} -b 50 --epochs 15 --val-every 15 --lr 0.03"
+            yield f"{common} {options} --out runs/{share}-{row}-{seed}"
+
+
+def without_labels(run: str, seed: int) -> Iterator[str]:
+    run = f"{run} --data rsicd/flat -b 100 --epochs 15 --lr 0.1 --temperature 0.07"
+    run = f"{run} --captions rsicd/flat/train.jsonl --embeddings rsicd/flat"
     for teacher in "train", "tuned":
         for adapter in "none", "mlp":
             out = f"runs/{teacher}-{adapter}-{seed}"
-            lines.append(f"{free}/{teacher}.npy --text-adapter {adapter} --out {out}")
-    lines.append(f"{free}/train.npy --shuffle-captions --out runs/shuffled-{seed}")
-    few = f"{run} --data rsicd/few -b 50 --val-every 1000"
-    lines.append(f"{few} --epochs 120 --lr 0.1 --out runs/alone-{seed}")
-    lines.append(f"{few} --epochs 300 --lr 0.1 --out runs/longer-{seed}")
+            yield f"{run}/{teacher}.npy --text-adapter {adapter} --out {out}"
+    yield f"{run}/train.npy --shuffle-captions --out runs/shuffled-{seed}"
+
+
+def few_labels(run: str, seed: int) -> Iterator[str]:
+    run = f"{run} --data rsicd/few -b 50 --val-every 1000"
+    yield f"{run} --epochs 120 --lr 0.1 --out runs/alone-{seed}"
+    yield f"{run} --epochs 300 --lr 0.1 --out runs/longer-{seed}"
     for start in "train-none", "shuffled":
         init = f"--init runs/{start}-{seed}/last.pt --lr 0.01"
-        lines.append(f"{few} --epochs 120 {init} --out runs/from-{start}-{seed}")
-    return lines
+        yield f"{run} --epochs 120 {init} --out runs/from-{start}-{seed}"
 
 
 if __name__ == "__main__":
     lay_out()
     for seed in 1, 2, 3:
-        print(*jobs(seed), sep="\n")
+        run = f"train.py --arch shufflenet_v2_x0_5 --input-size 64 -j 0 --resume --seed {seed}"
+        for table in wrong_labels, without_labels, few_labels:  # the last starts from the second
+            print(*table(run, seed), sep="\n")

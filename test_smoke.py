@@ -1570,16 +1570,16 @@ class Training(Base):
         more = "--epochs 4 --mixup 0.5 --ema-decay 0.9 --warmup-epochs 1 --randaugment 9 -j 1"
         log = TMP / "resumed" / "log.jsonl"
         kill_when(lambda: lines_in(log) >= 3, train_line("resumed", more))
-        self.refused("--resume", train_line("resumed", f"{more} -j 0"))
+        again = train_line("resumed", f"{more} -j 0")
+        with unittest.mock.patch("train.build_model", side_effect=AssertionError):
+            self.refused("last.pt exists: go on with --resume", again)
         shell(train_line("resumed", f"{more} --resume"))
         shell(train_line("straight", f"{more} --resume"))  # nothing to resume: starts
         self.same_weights("resumed", "straight")
         resumed, straight = read_lines(log), read_lines(TMP / "straight" / "log.jsonl")
         self.assertEqual([entry.get("epoch") for entry in resumed], [None, 1, 2, 3, 4])
-        losses = [[entry.get("loss_ce") for entry in entries] for entries in (resumed, straight)]
-        self.assertEqual(*losses)
-        line = train_line("resumed", f"{more} --resume --lr 0.02 -j 0")
-        self.refused("settings differ.*lr", line)
+        self.assertEqual(*[[one.get("loss_ce") for one in log] for log in (resumed, straight)])
+        self.refused("settings differ.*lr", f"{again} --resume --lr 0.02")
         shutil.copytree(WORLD, TMP / "fewer")
         next((TMP / "fewer" / "train").rglob("*.png")).unlink()
         line = train_line("resumed", f"{more} --resume -j 0", data=TMP / "fewer")

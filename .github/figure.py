@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 ROWS = {
     "clip": ("+ descriptions", (20, 90, 190)),
     "ce": ("cross-entropy", (215, 95, 0)),
+    "names": ("+ folders' names", (0, 130, 90)),
+    "shuffled": ("+ descriptions of\nother images", (130, 130, 130)),
 }
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 3200, 1800, 260, 180, 2500, 1560  # halved at the end
 TITLE = "RSICD, top-1 on test images, %: mean over seeds; band: \u00b1 standard deviation"
@@ -55,6 +57,7 @@ def draw(rows: dict[str, dict[int, list[float]]]) -> Image.Image:
         write((LEFT - 40, y), f"{value}", "black", anchor="rm")
     for share in shares:
         write((place(share, 0)[0], BOTTOM + 40), f"{share} %", "black", anchor="mt")
+    ends = []
     for row, points in rows.items():
         stats = [(x, statistics.mean(v), statistics.stdev(v)) for x, v in points.items()]
         words, colour = ROWS[row]
@@ -63,7 +66,11 @@ def draw(rows: dict[str, dict[int, list[float]]]) -> Image.Image:
         pen.line(line, fill=colour, width=14, joint="curve")
         for x, y in line:
             pen.ellipse((x - 18, y - 18, x + 18, y + 18), fill=colour)
-        write((RIGHT + 90, line[-1][1] - 40), words, colour)
+        ends.append((line[-1][1] - 40, words, colour))
+    free = 0
+    for y, words, colour in sorted(ends):  # beside the curves' ends, but not over each other
+        write((RIGHT + 90, y := max(y, free)), words, colour, spacing=15)
+        free = y + 75 * (1 + words.count("\n"))
     return image.reduce(2)
 
 

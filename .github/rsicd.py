@@ -42,14 +42,16 @@ def texts(folder: str, file: str) -> str:
 
 
 def wrong_labels(run: str, seed: int) -> Iterator[str]:
-    strong = "--align-weight 3 --temperature 0.1"
     for share in "0", "20", "40", "60":
-        rows = {"ce": "", "clip": f"{strong} {texts(share, 'train')}"}
+        clip = f"--temperature 0.1 --align-weight 3 {texts(share, 'train')}"
+        rows = {"ce": "", "clip": clip, "shuffled": f"{clip} --shuffle-captions"}
+        rows["names"] = f"--temperature 0.1 --align-weight 3 {texts(share, 'names')}"
         if share == "40":
-            rows["shuffled"] = f"{rows['clip']} --shuffle-captions"
-            rows["names"] = f"{strong} {texts(share, 'names')}"
-            rows |= {"fast": "--lr 0.1", "smooth": "--label-smoothing 0.1"}  # the later --lr wins
-        for row, options in rows.items():
+            for loss in "infonce", "cosine":
+                rows[loss] = f"{clip} --align-weight 10 --align-loss {loss}"
+            rows |= {"fast": "--lr 0.1", "smooth": "--label-smoothing 0.1"}
+            rows |= {"long": "--epochs 30", "cliplong": f"{clip} --epochs 30"}
+        for row, options in rows.items():  # of options given twice the later wins
             common = f"{run} --data rsicd/{share} -b 50 --epochs 15 --val-every 15 --lr 0.03"
             yield f"{common} {options} --out runs/{share}-{row}-{seed}"
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 ROWS = {
     "clip": ("+ descriptions", (20, 90, 190)),
     "ce": ("cross-entropy", (215, 95, 0)),
-    "names": ("+ folders' names", (0, 130, 90)),
+    "names": ("+ labels as text", (0, 130, 90)),
     "shuffled": ("+ descriptions of\nother images", (130, 130, 130)),
 }
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 3200, 1800, 260, 180, 2500, 1560  # halved at the end

@@ -69,8 +69,9 @@ def draw(rows: dict[str, dict[int, list[float]]]) -> Image.Image:
         ends.append((line[-1][1] - 40, words, colour))
     free = 0
     for y, words, colour in sorted(ends):  # beside the curves' ends, but not over each other
-        write((RIGHT + 90, y := max(y, free)), words, colour, spacing=15)
-        free = y + 75 * (1 + words.count("\n"))
+        y = max(y, free)
+        write((RIGHT + 90, y), words, colour, spacing=15)
+        free = y + 75 * (1 + words.count("\n"))  # a line's 60 pixels and the spacing
     return image.reduce(2)
 
 

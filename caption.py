@@ -38,10 +38,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub import InferenceClient, constants
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.models import ResNet50_Weights
@@ -64,23 +65,23 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
-    add, cuda = p.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    add = p.add_argument
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = max(1, min(4, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
-    dtypes, batch = ["auto", "float32", "bfloat16", "float16"], 64 if cuda == "cuda" else 16
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--data", required=True, help="folder of images: DIR/<class>/<image> or DIR/<image>")
     add("--out", default="captions.jsonl", help="where the captions go")
     add("--model", default=MODEL, help="hub id or folder; template: the prompt is the caption")
     add("--prompt", action="append", help=f"may hold {{class}}; repeatable (default: {PROMPT})")
     add("--class-names", help="readable names: JSON {folder: name} or lines 'folder<TAB>name'")
-    add("--batch-size", type=int, default=batch, help="images per generate call")
+    add("--batch-size", type=int, help="images per generate call (16, on a GPU 64)")
     add("--max-new-tokens", type=int, default=128, help="length limit of a caption")
     add("--num-captions", type=int, default=1, help="sampled captions per image and prompt")
     add("--temperature", type=float, default=0.0, help="0 decodes greedily")
     add("--top-p", type=float, default=1.0, help="of the sampling: only the likeliest tokens")
     add("--seed", type=int, default=0, help="of the sampling and of --preview's choice of images")
     add("-j", "--workers", type=int, default=workers, help="processes that prepare images")
-    add("--device", default=cuda, help="cuda, cuda:N or cpu")
+    add("--device", help="cuda, cuda:N, mps or cpu (what torch finds)")
     add("--dtype", default="auto", choices=dtypes, help="of the weights; auto: as they were saved")
     add("--server", metavar="URL", help="ask --model there; its key: OPENAI_API_KEY")
     add("--concurrency", type=int, default=64, help="requests to --server at once, up to 100")
@@ -94,8 +95,41 @@ def parse_args() -> argparse.Namespace:
     add("--preview", metavar="PNG", help="draw twelve random images with captions, and stop")
     args = p.parse_args()
     args.prompt = args.prompt or [PROMPT]
+    args.rank, args.world = process_rank()
+    args.device = choose_device(args.device, args.world)
+    args.batch_size = args.batch_size or (16 if args.device == "cpu" else 64)
     check(p, args)
     return args
+
+
+def process_rank() -> tuple[int, int]:
+    """Rank and number of processes as torchrun sets them; (0, 1) where it is not used."""
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is world is None:
+        return 0, 1
+    if not re.fullmatch(r"\d+/\d+", f"{rank}/{world}") or int(rank) >= int(world):
+        both = f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit"
+        raise SystemExit(f"{both}: start with torchrun, which sets both, or unset them")
+    return int(rank), int(world)
+
+
+def choose_device(name: str | None, world: int) -> str:
+    """The device of that name, else the accelerator that torch finds, else cpu; of several GPUs
+    this process's own becomes the current one. SystemExit where there is no such device."""
+    here = torch.accelerator.current_accelerator(check_available=True)
+    try:
+        device = torch.device(name or here or "cpu")
+        if device.type not in ("cpu", here and here.type):
+            raise RuntimeError(f"torch finds {here or 'no GPU'} on this machine")
+        if device.index is not None and world > 1:
+            raise RuntimeError("several processes would share it: name it without a number")
+        if device.type == "cuda":
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            device = torch.device("cuda", local if device.index is None else device.index)
+            torch.cuda.set_device(device)
+    except RuntimeError as error:
+        raise SystemExit(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return str(device)
 
 
 def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -111,24 +145,45 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error("--num-captions above 1 needs --temperature above 0: greedy ones are all the same")
     if not re.match("https?://", args.server or "http://"):
         p.error(f"--server {args.server}: an address begins with http:// or https://")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        p.error("--device cuda: this machine has no GPU that torch can use")
     part = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     if not part or int(part[1]) >= int(part[2]):
         p.error(f"--shard {args.shard}: expected I/N with 0 <= I < N")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    args.shard, args.shards = int(part[1]) * world + rank, int(part[2]) * world
+    args.shard = int(part[1]) * args.world + args.rank
+    args.shards = int(part[2]) * args.world
 
 
-def list_images(data: str) -> list[str]:
-    """Keys (POSIX paths relative to `data`) of all images, in torchvision's ImageFolder order."""
+def hidden(name: str) -> bool:
+    """Of editors, of macOS' archives, or our own parts: no class and no image."""
+    return name.startswith(".") or name == "__MACOSX" or name.endswith(".parts")
+
+
+def list_images(folder: str, allow_empty: bool = False) -> tuple[list[str], list[tuple[str, int]]]:
+    """Class names and (path, class) of FOLDER/<class>/<image> in torchvision's ImageFolder order;
+    of FOLDER/<image> no names, and -1. SystemExit if there are both; OSError if there is none."""
+    with os.scandir(folder) as entries:
+        entries = sorted((e for e in entries if not hidden(e.name)), key=lambda e: e.name)
+    classes = [entry.name for entry in entries if entry.is_dir()]
+    loose = [e.name for e in entries if e.is_file() and e.name.lower().endswith(IMG_EXTENSIONS)]
+    if classes and loose:
+        both = f"images ({loose[0]}) beside class folders ({classes[0]}/)"
+        raise SystemExit(f"{folder} holds {both}: move one of the two away")
+
+    def is_image(path: str) -> bool:
+        inner = path[len(folder) :].split(os.sep)
+        return path.lower().endswith(IMG_EXTENSIONS) and not any(map(hidden, inner))
+
+    index = {name: i for i, name in enumerate(classes)} or {"": -1}
+    return classes, make_dataset(folder, index, None, is_image, allow_empty)
+
+
+def list_keys(data: str) -> list[str]:
+    """Keys (POSIX paths relative to `data`) of all images, in order."""
     try:
-        folders = [e.name for e in os.scandir(data) if e.is_dir() and not e.name.endswith(".parts")]
-        if {"train", "val"} <= set(folders):
-            raise SystemExit(f"--data {data}: did you mean {os.path.join(data, 'train')}?")
-        samples = make_dataset(data, dict.fromkeys(folders or [""], 0), IMG_EXTENSIONS)
-    except (FileNotFoundError, NotADirectoryError) as error:
+        classes, samples = list_images(data)
+    except OSError as error:
         raise SystemExit(f"--data {data}: {error}") from error
+    if {"train", "val"} <= set(classes):
+        raise SystemExit(f"--data {data}: did you mean {os.path.join(data, 'train')}?")
     return [os.path.relpath(path, data).replace(os.sep, "/") for path, _ in samples]
 
 
@@ -156,12 +211,32 @@ def name_classes(args: argparse.Namespace, keys: list[str]) -> dict[str, str]:
     return dict(zip(folders, ResNet50_Weights.DEFAULT.meta["categories"], strict=True))
 
 
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # a comment costs no image
+T = Image.Transpose  # what undoes the orientations 2 to 8 of EXIF
+TURNS = [T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROTATE_270]
+TURNS = dict(enumerate([*TURNS, T.TRANSVERSE, T.ROTATE_90], 2))
+
+
+def orientation(image: Image.Image) -> int:
+    """As EXIF, TIFF or XMP state it; 1, upright, where what they state is damaged."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # of many kinds; it costs no image
+        return 1
+
+
 def load_image(path: str) -> Image.Image:
-    """8-bit RGB, upright, first frame, transparency on white. Raises what Pillow raises."""
+    """8-bit RGB, upright, first frame, transparency on white. Raises what Pillow raises, and
+    ValueError for pixels that are neither of 8 nor of 16 bits."""
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bit: convert() would clip to 255, not scale
-            image = image.point(lambda value: value / 256).convert("L")
+        image.load()  # the orientation may stand behind the pixels
+        turn = TURNS.get(orientation(image))
+        image = image if turn is None else image.transpose(turn)
+        if image.mode == "F" or image.mode.startswith("I"):  # convert() clips them to 255
+            values = np.asarray(image)
+            if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+                raise ValueError(f"mode {image.mode}: which number is white? Save it as 8 bits")
+            image = Image.fromarray((values // 256).astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -184,9 +259,6 @@ class Describer:
     """A model with a chat template (LLaVA, Qwen-VL, ...), or with a plain prompt (BLIP-2, ...)."""
 
     def __init__(self, args: argparse.Namespace, keys: list[str], names: dict[str, str]):
-        if args.device.startswith("cuda"):
-            local = int(os.environ.get("LOCAL_RANK", 0))
-            torch.cuda.set_device(local if args.device == "cuda" else args.device)
         self.args, self.keys, self.names = args, keys, names
         self.seconds = self.new_tokens = self.cut = self.image_bytes = 0
         self.options = {"max_new_tokens": args.max_new_tokens, "num_beams": 1}
@@ -391,7 +463,7 @@ def data_url(folder: str, key: str, side: int) -> str:
     """A file as it is, if upright, of a common kind and no larger than `side`; else a JPEG."""
     path = os.path.join(folder, key)
     with Image.open(path) as file:
-        kind, upright = file.format, file.getexif().get(0x0112, 1) == 1
+        kind, upright = file.format, orientation(file) == 1
         common = kind in ("JPEG", "PNG", "WEBP") and file.mode in ("RGB", "L")
         common &= upright and max(file.size) <= side and "transparency" not in file.info
     stream = io.BytesIO(Path(path).read_bytes() if common else b"")
@@ -619,7 +691,7 @@ def run(args: argparse.Namespace, keys: list[str], names: dict[str, str]) -> Non
 
 def main() -> None:
     args = parse_args()
-    keys = list_images(args.data)
+    keys = list_keys(args.data)
     names = name_classes(args, keys)
     args.limit = min(args.limit or len(keys), len(keys))
     if args.preview:

@@ -23,6 +23,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -69,7 +70,7 @@ def parse_args() -> argparse.Namespace:
     add("--max-length", type=int, help="tokens kept of a caption; else the limit of --model")
     add("--batch-size", type=int, default=1024, help="most captions in a batch")
     add("--batch-tokens", type=int, help="most tokens in a batch; else 1024, on a GPU 32768")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda[:N] or cpu")
+    add("--device", help="cuda, cuda:N, mps or cpu (what torch finds)")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add(
         "--dtype", default="auto", choices=dtypes, help="auto: as saved (float32: float16 autocast)"
@@ -83,20 +84,47 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the tuning")
     args = p.parse_args()
     args.metadata, args.temporary = args.out.removesuffix(".npy") + ".json", args.out + ".tmp"
-    args.batch_tokens = args.batch_tokens or (32768 if args.device.startswith("cuda") else 1024)
-    local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    args.device = local if args.device == "cuda" else args.device
-    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    args.rank, args.world = process_rank()
+    args.device = choose_device(args.device, args.world)
+    args.batch_tokens = args.batch_tokens or (1024 if args.device == "cpu" else 32768)
     check_args(p, args)
     return args
+
+
+def process_rank() -> tuple[int, int]:
+    """Rank and number of processes as torchrun sets them; (0, 1) where it is not used."""
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is world is None:
+        return 0, 1
+    if not re.fullmatch(r"\d+/\d+", f"{rank}/{world}") or int(rank) >= int(world):
+        both = f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit"
+        raise SystemExit(f"{both}: start with torchrun, which sets both, or unset them")
+    return int(rank), int(world)
+
+
+def choose_device(name: str | None, world: int) -> str:
+    """The device of that name, else the accelerator that torch finds, else cpu; of several GPUs
+    this process's own becomes the current one. SystemExit where there is no such device."""
+    here = torch.accelerator.current_accelerator(check_available=True)
+    try:
+        device = torch.device(name or here or "cpu")
+        if device.type not in ("cpu", here and here.type):
+            raise RuntimeError(f"torch finds {here or 'no GPU'} on this machine")
+        if device.index is not None and world > 1:
+            raise RuntimeError("several processes would share it: name it without a number")
+        if device.type == "cuda":
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            device = torch.device("cuda", local if device.index is None else device.index)
+            torch.cuda.set_device(device)
+    except RuntimeError as error:
+        raise SystemExit(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return str(device)
 
 
 def check_args(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     length = 3 if args.max_length is None else args.max_length
     if min(args.batch_size, args.batch_tokens, args.tune_batch, length - 2) < 1:
         p.error("--batch-size, --batch-tokens and --tune-batch start at 1, --max-length at 3")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        p.error("--device cuda: this machine has no GPU that torch can use")
     if not args.out.endswith(".npy") or not Path(args.out).parent.is_dir():
         p.error(f"--out {args.out}: a name that ends in .npy, in a folder that exists")
     if args.captions == args.metadata:
@@ -251,8 +279,6 @@ def load_encoder(args: argparse.Namespace) -> TextEncoder:
     """The encoder on its device. Sets `args.revision` to the hub's commit, one for all ranks."""
     logging.set_verbosity_error()  # refuse_random_weights says what matters
     try:
-        if args.device.startswith("cuda"):
-            torch.cuda.set_device(args.device)
         if not os.path.isdir(args.model):  # a branch may move before the next rank or start
             file = model_file(args, "modules.json") or model_file(args, "config.json")
             args.revision = from_rank_0(extract_commit_hash(file, None) or args.revision)

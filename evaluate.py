@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -26,9 +27,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, PngImagePlugin
 from torch import nn
 from torch.utils.data import DataLoader
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageClassification
@@ -37,10 +39,40 @@ FIELDS = ("checkpoint", "arch", "epoch", "selected", "images")  # of a result, s
 PUBLISHED = torchvision.models.list_models(torchvision.models)
 
 
+def process_rank() -> tuple[int, int]:
+    """Rank and number of processes as torchrun sets them; (0, 1) where it is not used."""
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is world is None:
+        return 0, 1
+    if not re.fullmatch(r"\d+/\d+", f"{rank}/{world}") or int(rank) >= int(world):
+        both = f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit"
+        raise SystemExit(f"{both}: start with torchrun, which sets both, or unset them")
+    return int(rank), int(world)
+
+
+def choose_device(name: str | None, world: int) -> str:
+    """The device of that name, else the accelerator that torch finds, else cpu; of several GPUs
+    this process's own becomes the current one. SystemExit where there is no such device."""
+    here = torch.accelerator.current_accelerator(check_available=True)
+    try:
+        device = torch.device(name or here or "cpu")
+        if device.type not in ("cpu", here and here.type):
+            raise RuntimeError(f"torch finds {here or 'no GPU'} on this machine")
+        if device.index is not None and world > 1:
+            raise RuntimeError("several processes would share it: name it without a number")
+        if device.type == "cuda":
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            device = torch.device("cuda", local if device.index is None else device.index)
+            torch.cuda.set_device(device)
+    except RuntimeError as error:
+        raise SystemExit(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return str(device)
+
+
 def parse_args() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=raw)
-    add, device = p.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    add = p.add_argument
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="file, or torchvision model")
@@ -54,16 +86,12 @@ def parse_args() -> argparse.Namespace:
     add("--class-embeddings", help="embeddings.npy of these captions")
     add("-b", "--batch-size", type=int, default=64, help="per process (default: %(default)s)")
     add("-j", "--workers", type=int, default=workers, help="loading (default: %(default)s)")
-    add("--device", default=device, help="cuda, cuda:N or cpu (default: %(default)s)")
+    add("--device", help="cuda, cuda:N, mps or cpu (default: what torch finds)")
     args = p.parse_intermixed_args()
-    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    args.rank, args.world = process_rank()
+    args.device = choose_device(args.device, args.world)
     if min(args.batch_size, args.workers + 1) < 1:
         p.error("-b starts at 1, -j at 0")
-    if args.device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            p.error("--device cuda: this machine has no GPU that torch can use")
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        torch.cuda.set_device(local if args.device == "cuda" else args.device)
     if args.ema and set(args.checkpoints) <= set(PUBLISHED):
         p.error("--ema does nothing for published weights")
     for pair in (args.captions, args.embeddings), (args.class_captions, args.class_embeddings):
@@ -74,25 +102,71 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # a comment costs no image
+T = Image.Transpose  # what undoes the orientations 2 to 8 of EXIF
+TURNS = [T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROTATE_270]
+TURNS = dict(enumerate([*TURNS, T.TRANSVERSE, T.ROTATE_90], 2))
+
+
+def orientation(image: Image.Image) -> int:
+    """As EXIF, TIFF or XMP state it; 1, upright, where what they state is damaged."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # of many kinds; it costs no image
+        return 1
+
+
 def load_image(path: str) -> Image.Image:
-    """8-bit RGB, upright, first frame, transparency on white. Raises what Pillow raises."""
+    """8-bit RGB, upright, first frame, transparency on white. Raises what Pillow raises, and
+    ValueError for pixels that are neither of 8 nor of 16 bits."""
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bit: convert() would clip to 255, not scale
-            image = image.point(lambda value: value / 256).convert("L")
+        image.load()  # the orientation may stand behind the pixels
+        turn = TURNS.get(orientation(image))
+        image = image if turn is None else image.transpose(turn)
+        if image.mode == "F" or image.mode.startswith("I"):  # convert() clips them to 255
+            values = np.asarray(image)
+            if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+                raise ValueError(f"mode {image.mode}: which number is white? Save it as 8 bits")
+            image = Image.fromarray((values // 256).astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
 
 
+def hidden(name: str) -> bool:
+    """Of editors, of macOS' archives, or our own parts: no class and no image."""
+    return name.startswith(".") or name == "__MACOSX" or name.endswith(".parts")
+
+
+def list_images(folder: str, allow_empty: bool = False) -> tuple[list[str], list[tuple[str, int]]]:
+    """Class names and (path, class) of FOLDER/<class>/<image> in torchvision's ImageFolder order;
+    of FOLDER/<image> no names, and -1. SystemExit if there are both; OSError if there is none."""
+    with os.scandir(folder) as entries:
+        entries = sorted((e for e in entries if not hidden(e.name)), key=lambda e: e.name)
+    classes = [entry.name for entry in entries if entry.is_dir()]
+    loose = [e.name for e in entries if e.is_file() and e.name.lower().endswith(IMG_EXTENSIONS)]
+    if classes and loose:
+        both = f"images ({loose[0]}) beside class folders ({classes[0]}/)"
+        raise SystemExit(f"{folder} holds {both}: move one of the two away")
+
+    def is_image(path: str) -> bool:
+        inner = path[len(folder) :].split(os.sep)
+        return path.lower().endswith(IMG_EXTENSIONS) and not any(map(hidden, inner))
+
+    index = {name: i for i, name in enumerate(classes)} or {"": -1}
+    return classes, make_dataset(folder, index, None, is_image, allow_empty)
+
+
 class Images(torchvision.datasets.ImageFolder):
     """Item i: image [3, S, S] float32 after `transform`, label (-1: none, -2: unreadable), i."""
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        if any(entry.is_dir() for entry in os.scandir(directory)):
-            return super().find_classes(directory)
-        return [], {"": -1}
+        classes, self.found = list_images(str(directory), allow_empty=True)
+        return classes, {name: i for i, name in enumerate(classes)}
+
+    def make_dataset(self, *_, **__) -> list[tuple[str, int]]:
+        return self.found
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
         try:

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import http.server
 import importlib
+import inspect
 import io
 import json
 import math
@@ -21,6 +22,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -40,7 +42,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers as tf
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 tf.utils.logging.disable_progress_bar()
@@ -568,6 +570,144 @@ class EndToEnd(Base):
         with torch.inference_mode():
             hits = [model(image[None]).argmax().item() == label for image, label in folder]
         return 100 * np.mean(hits)
+
+
+def raw_jpeg(*segments: tuple[int, bytes]) -> bytes:
+    """A JPEG file of noise, 100 x 80, with these APP segments: (number, content)."""
+    stream, noise = io.BytesIO(), np.random.default_rng(0).integers(0, 255, (8, 10, 3), np.uint8)
+    Image.fromarray(noise).resize((100, 80)).save(stream, "JPEG", quality=95)
+    content = stream.getvalue()
+    parts = [struct.pack(">BBH", 0xFF, 0xE0 + n, len(x) + 2) + x for n, x in segments]
+    return content[:2] + b"".join(parts) + content[2:]
+
+
+def raw_tiff(array: np.ndarray, sample_format: int) -> bytes:
+    """A grey TIFF file of these numbers in their byte order; 1: unsigned, 2: signed, 3: float."""
+    order, (height, width), data = array.dtype.byteorder, array.shape, array.tobytes()
+    order = "<" if order == "=" else order
+    tags = [(256, width), (257, height), (258, 8 * array.itemsize), (259, 1), (262, 1), (273, 8)]
+    tags += [(277, 1), (278, height), (279, len(data)), (339, sample_format)]
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(data))
+    return start + data + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+
+
+class EveryScript(Base):
+    """What several scripts do alike: their copies of a function are equal."""
+
+    def copies(self, name: str, *scripts: str):
+        """The function, of the first script; a pasted copy that differs fails."""
+        found = [getattr(importlib.import_module(script), name) for script in scripts]
+        self.assertEqual(len({inspect.getsource(function) for function in found}), 1, name)
+        return found[0]
+
+    def test_ranks(self):
+        process_rank = self.copies("process_rank", "caption", "embed", "train", "evaluate")
+        for rank, world, want in (None, None, (0, 1)), ("0", "1", (0, 1)), ("2", "4", (2, 4)):
+            given = {"RANK": rank, "WORLD_SIZE": world} if rank else {}
+            with unittest.mock.patch.dict(os.environ, given):
+                self.assertEqual(process_rank(), want)
+        for given in {"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}:
+            with unittest.mock.patch.dict(os.environ, given):
+                self.assertRaisesRegex(SystemExit, "start with torchrun", process_rank)
+                for script in "caption", "embed", "train", "evaluate":
+                    line = f"{script} --data {WORLD} --out x" if script != "embed" else script
+                    self.refused("do not fit", line, *["x.pt"] * (script == "evaluate"))
+
+    def test_devices(self):
+        """What torch finds is the default; a process takes the GPU of its own, or the named one."""
+        choose = self.copies("choose_device", "caption", "embed", "train", "evaluate")
+        find = "torch.accelerator.current_accelerator"
+        for here, name, world, want in (
+            (None, None, 1, "cpu"),
+            ("mps", None, 1, "mps"),
+            ("mps", "cpu", 1, "cpu"),
+            ("cuda", None, 4, "cuda:3"),
+            ("cuda", "cuda", 4, "cuda:3"),
+            ("cuda", "cuda:1", 1, "cuda:1"),
+            (None, "cuda", 1, "torch finds no GPU"),
+            (None, "mps", 1, "torch finds no GPU"),
+            ("cuda", "mps", 1, "torch finds cuda"),
+            ("cuda", "cuda:0", 4, "several processes would share it"),
+            ("cuda", "gpu", 1, "gpu"),
+        ):
+            with (
+                self.subTest(here=here, name=name),
+                unittest.mock.patch(find, return_value=here and torch.device(here)),
+                unittest.mock.patch("torch.cuda.set_device") as current,
+                unittest.mock.patch.dict(os.environ, {"LOCAL_RANK": "3"}),
+            ):
+                if not re.fullmatch(r"\w+(:\d)?", want) or name == "gpu":
+                    self.assertRaisesRegex(SystemExit, want, choose, name, world)
+                    continue
+                self.assertEqual(choose(name, world), want)
+                if here == "cuda":
+                    current.assert_called_once_with(torch.device(want))
+
+    def test_folders(self):
+        """What editors leave is no class and no image; two layouts at once are refused."""
+        self.copies("hidden", "caption", "train", "evaluate")
+        list_images = self.copies("list_images", "caption", "train", "evaluate")
+        flat, classes = TMP / "folders/flat", TMP / "folders/classes"
+        seen = ["1.jpg", "2.PNG"], ["cat/1.jpg", "cat/deeper/2.jpg", "dog/3.jpg"]
+        names = "._1.jpg", ".git/x.png", "__MACOSX/flat/._1.jpg", "captions.jsonl.parts/x.png"
+        for name in *seen[0], *names:
+            (flat / name).parent.mkdir(parents=True, exist_ok=True)
+            (flat / name).touch()
+        names = "cat/._1.jpg", ".ipynb_checkpoints/cat/1.jpg", "cat/.thumbnails/1.jpg", "notes.txt"
+        for name in *seen[1], *names:
+            (classes / name).parent.mkdir(parents=True, exist_ok=True)
+            (classes / name).touch()
+        self.assertEqual(list_images(f"{flat}"), ([], [(f"{flat}/{n}", -1) for n in seen[0]]))
+        want = [(f"{classes}/{n}", k) for n, k in zip(seen[1], (0, 0, 1), strict=True)]
+        self.assertEqual(list_images(f"{classes}"), (["cat", "dog"], want))
+        (classes / "loose.jpg").touch()
+        sentence = r"images \(loose.jpg\) beside class folders \(cat/\)"
+        self.assertRaisesRegex(SystemExit, sentence, list_images, str(classes))
+
+    def test_pixels(self):
+        """Damaged metadata costs no image; an orientation counts wherever it is written, in Pillow
+        and in torchvision's decoder; numbers of 16 bits are scaled, others refused."""
+        import train
+
+        self.copies("orientation", "caption", "train", "evaluate")
+        load = self.copies("load_image", "caption", "train", "evaluate")
+        folder = TMP / "pixels"
+        folder.mkdir()
+        tiff = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0" + bytes(4)
+        xmp = b'http://ns.adobe.com/xap/1.0/\0<a tiff:Orientation="6"/>'
+        ratio = b"II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\x1a\x01\x0a\0\x01\0\0\0"
+        ratio += b"\x26\0\0\0" + bytes(4) + b"\xff\xff\xff\xff" + bytes(4)  # a resolution of -1/0
+        straight = {"garbage": b"Exif\0\0garbage", "empty": b"Exif\0\0"}
+        turned = {"exif": b"Exif\0\0" + tiff, "xmp": xmp, "ratio": b"Exif\0\0" + ratio}
+        for name, content in (straight | turned).items():
+            (folder / f"{name}.jpg").write_bytes(raw_jpeg((1, content)))
+        (folder / "icc.jpg").write_bytes(raw_jpeg((2, b"ICC_PROFILE\0\x05\x02cut")))
+        plain = Image.open(io.BytesIO(raw_jpeg()))
+        for name in "garbage", "empty", "exif", "xmp", "ratio", "icc":
+            want = plain.transpose(Image.Transpose.ROTATE_270) if name in turned else plain
+            found = load(folder / f"{name}.jpg"), train.read_image(str(folder / f"{name}.jpg"))
+            np.testing.assert_array_equal(np.asarray(found[0]), np.asarray(want), name)
+            np.testing.assert_array_equal(found[1].permute(1, 2, 0), np.asarray(want), name)
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        for name, options in ("a.png", {}), ("a.webp", {"lossless": True}), ("a.tif", {}):
+            plain.save(folder / name, exif=exif, **options)
+            self.assertEqual(load(folder / name).size, (80, 100), name)
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("parameters", "a" * 9_000_000, zip=True)
+        plain.save(folder / "long.png", pnginfo=text)
+        self.assertEqual(load(folder / "long.png").size, (100, 80))
+        deep = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+        for order in "<u2", ">u2":
+            file = folder / f"{order[1:]}{ord(order[0])}.tif"
+            file.write_bytes(raw_tiff(deep.astype(order), 1))
+            np.testing.assert_array_equal(np.asarray(load(file))[..., 0], deep // 256)
+        (folder / "wide.pgm").write_bytes(b"P5 256 256 65535\n" + deep.astype(">u2").tobytes())
+        np.testing.assert_array_equal(np.asarray(load(folder / "wide.pgm"))[..., 1], deep // 256)
+        for name, kind, sort in ("float", "<f4", 3), ("signed", "<i4", 2):
+            (folder / f"{name}.tif").write_bytes(raw_tiff(deep.astype(kind) - 2, sort))
+            self.assertRaisesRegex(ValueError, "which number", load, folder / f"{name}.tif")
 
 
 class Captioning(Base):
@@ -1322,14 +1462,6 @@ class Embedding(Base):
         """Before there are rows, nothing can be gone on with."""
         options = ["--captions", CAPTIONS, "--out", TMP / "full.npy", "--model", ENCODER]
         self.fills_the_disk(200, "^OSError: .*File too large$", "embed", *options)
-
-    def test_numbered_gpu_becomes_the_current_one(self):
-        with (
-            unittest.mock.patch("torch.cuda.is_available", return_value=True),
-            unittest.mock.patch("torch.cuda.set_device", side_effect=SystemExit("set")) as chosen,
-        ):
-            self.refuses("set", CAPTIONS, ENCODER, "--device", "cuda:1")
-        chosen.assert_called_once_with("cuda:1")
 
 
 def loop_loss(kind: str, images, texts, has: list[bool], temperature: float) -> float:
@@ -2149,20 +2281,14 @@ class Evaluation(Base):
         self.assertIn("| 19 |", printed)
         self.assertEqual(lines_in(TMP / "damaged.jsonl"), 19)
 
-    def test_cores_and_devices(self):
-        """Those of the process's affinity; the device that is named becomes the current one."""
+    def test_cores(self):
+        """Those of the process's affinity."""
         import evaluate
 
         words = ["evaluate", "--data", ".", "resnet18"]
         cores = unittest.mock.patch("os.sched_getaffinity", lambda _: {0, 5, 7}, create=True)
         with cores, unittest.mock.patch.object(sys, "argv", words):
             self.assertEqual(evaluate.parse_args().workers, 3)
-        gpu = unittest.mock.patch("torch.cuda.is_available", return_value=True)
-        for device, expected in ("cuda", 0), ("cuda:1", "cuda:1"):
-            argv = unittest.mock.patch.object(sys, "argv", [*words, "--device", device])
-            with gpu, argv, unittest.mock.patch("torch.cuda.set_device") as chosen:
-                evaluate.parse_args()
-            chosen.assert_called_once_with(expected)
 
     def test_refusals(self):
         judged = ["--data", WORLD / "val", TMP / "judged/last.pt"]

@@ -31,6 +31,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -44,12 +45,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import transformers
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, PngImagePlugin
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
@@ -98,7 +99,6 @@ def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     p.epilog = "".join(f"\n--recipe {name}: {options}" for name, options in RECIPES.items())
     add, flag = p.add_argument, argparse.BooleanOptionalAction
-    cuda = "cuda" if torch.cuda.is_available() else "cpu"
     workers = min(8, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     add("--data", required=True, help="folder with train/ and val/")
     add("--out", required=True, metavar="RUN", help="folder for checkpoints and the log")
@@ -143,7 +143,7 @@ def parse_args() -> argparse.Namespace:
     add("--val-every", type=int, default=1, help="validate each so many epochs, and at the end")
     add("--seed", type=int, default=0, help="of everything that is drawn")
     add("-j", "--workers", type=int, default=workers, help="data loading processes")
-    add("--device", default=cuda, help="cuda, cuda:N or cpu")
+    add("--device", help="cuda, cuda:N, mps or cpu (what torch finds)")
     add("--resume", nargs="?", const=True, metavar="FILE", help="go on from RUN/last.pt, else FILE")
     p.set_defaults(init_settings=None, init_seed=None)  # what --init was trained with
     recipe = RECIPES[p.parse_args().recipe].split()
@@ -151,12 +151,42 @@ def parse_args() -> argparse.Namespace:
     check(p, args, {word.split("=")[0] for word in sys.argv[1:]})
     if os.path.exists(os.path.join(args.out, "last.pt")) and not args.resume:
         p.error(f"{args.out}/last.pt exists: go on with --resume, or choose another --out")
-    args.rank = int(os.environ.get("RANK", 0))
-    args.world_size = int(os.environ.get("WORLD_SIZE", 1))
+    args.rank, args.world_size = process_rank()
+    args.device = choose_device(args.device, args.world_size)
     if args.lr is None:
         rate, images = LEARNING_RATES[args.recipe]
         args.lr = rate * args.batch_size * args.world_size / images
     return args
+
+
+def process_rank() -> tuple[int, int]:
+    """Rank and number of processes as torchrun sets them; (0, 1) where it is not used."""
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is world is None:
+        return 0, 1
+    if not re.fullmatch(r"\d+/\d+", f"{rank}/{world}") or int(rank) >= int(world):
+        both = f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit"
+        raise SystemExit(f"{both}: start with torchrun, which sets both, or unset them")
+    return int(rank), int(world)
+
+
+def choose_device(name: str | None, world: int) -> str:
+    """The device of that name, else the accelerator that torch finds, else cpu; of several GPUs
+    this process's own becomes the current one. SystemExit where there is no such device."""
+    here = torch.accelerator.current_accelerator(check_available=True)
+    try:
+        device = torch.device(name or here or "cpu")
+        if device.type not in ("cpu", here and here.type):
+            raise RuntimeError(f"torch finds {here or 'no GPU'} on this machine")
+        if device.index is not None and world > 1:
+            raise RuntimeError("several processes would share it: name it without a number")
+        if device.type == "cuda":
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            device = torch.device("cuda", local if device.index is None else device.index)
+            torch.cuda.set_device(device)
+    except RuntimeError as error:
+        raise SystemExit(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return str(device)
 
 
 def check(p: argparse.ArgumentParser, args: argparse.Namespace, given: set[str]) -> None:
@@ -175,8 +205,30 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace, given: set[str])
     positive = args.temperature, 1 - args.ema_decay, 1 if args.lr is None else args.lr
     if min(positive) <= 0 or args.align_weight < 0:
         p.error("--temperature and --lr start above 0, --align-weight at 0, --ema-decay is below 1")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        p.error("--device cuda: this machine has no GPU that torch can use")
+
+
+def hidden(name: str) -> bool:
+    """Of editors, of macOS' archives, or our own parts: no class and no image."""
+    return name.startswith(".") or name == "__MACOSX" or name.endswith(".parts")
+
+
+def list_images(folder: str, allow_empty: bool = False) -> tuple[list[str], list[tuple[str, int]]]:
+    """Class names and (path, class) of FOLDER/<class>/<image> in torchvision's ImageFolder order;
+    of FOLDER/<image> no names, and -1. SystemExit if there are both; OSError if there is none."""
+    with os.scandir(folder) as entries:
+        entries = sorted((e for e in entries if not hidden(e.name)), key=lambda e: e.name)
+    classes = [entry.name for entry in entries if entry.is_dir()]
+    loose = [e.name for e in entries if e.is_file() and e.name.lower().endswith(IMG_EXTENSIONS)]
+    if classes and loose:
+        both = f"images ({loose[0]}) beside class folders ({classes[0]}/)"
+        raise SystemExit(f"{folder} holds {both}: move one of the two away")
+
+    def is_image(path: str) -> bool:
+        inner = path[len(folder) :].split(os.sep)
+        return path.lower().endswith(IMG_EXTENSIONS) and not any(map(hidden, inner))
+
+    index = {name: i for i, name in enumerate(classes)} or {"": -1}
+    return classes, make_dataset(folder, index, None, is_image, allow_empty)
 
 
 def list_data(args: argparse.Namespace) -> tuple[list, list[tuple[str, int]], list]:
@@ -184,21 +236,21 @@ def list_data(args: argparse.Namespace) -> tuple[list, list[tuple[str, int]], li
     images without labels (-1): no names, nothing to validate on, alignment alone."""
     train, val = os.path.join(args.data, "train"), os.path.join(args.data, "val")
     try:
-        if not any(entry.is_dir() for entry in os.scandir(train)):
+        classes, samples = list_images(train)
+        if not classes:
             if not args.embeddings:
                 raise SystemExit(f"{train} has no class folders: pass --captions and --embeddings")
             args.align_weight = 1.0
-            return [], make_dataset(train, {"": -1}, IMG_EXTENSIONS), []
-        classes, index = find_classes(train)
-        strangers = sorted(set(find_classes(val)[0]) - set(classes))
-        samples = make_dataset(train, index, IMG_EXTENSIONS)
-        val_samples = make_dataset(val, index, IMG_EXTENSIONS, allow_empty=True)
+            return [], samples, []
+        val_classes, val_samples = list_images(val, allow_empty=True)
     except FileNotFoundError as error:
         raise SystemExit(f"--data {args.data}: no images in train/ or val/: {error}") from error
-    if strangers or not val_samples:
+    strangers = [name for name in val_classes if name not in classes]
+    if strangers or not val_samples or not val_classes:
         found = f"classes that train/ has not: {strangers[:5]}" if strangers else "no image"
         raise SystemExit(f"{val} has {found}")
-    return classes, samples, val_samples
+    label = {i: classes.index(name) for i, name in enumerate(val_classes)}
+    return classes, samples, [(path, label[i]) for path, i in val_samples]
 
 
 def key_of(path: str, data: str) -> str:
@@ -249,12 +301,32 @@ class Captions:
         return F.normalize(torch.from_numpy(self.table[row].astype(np.float32)), dim=0)
 
 
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # a comment costs no image
+T = Image.Transpose  # what undoes the orientations 2 to 8 of EXIF
+TURNS = [T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROTATE_270]
+TURNS = dict(enumerate([*TURNS, T.TRANSVERSE, T.ROTATE_90], 2))
+
+
+def orientation(image: Image.Image) -> int:
+    """As EXIF, TIFF or XMP state it; 1, upright, where what they state is damaged."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # of many kinds; it costs no image
+        return 1
+
+
 def load_image(path: str) -> Image.Image:
-    """8-bit RGB, upright, first frame, transparency on white. Raises what Pillow raises."""
+    """8-bit RGB, upright, first frame, transparency on white. Raises what Pillow raises, and
+    ValueError for pixels that are neither of 8 nor of 16 bits."""
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bit: convert() would clip to 255, not scale
-            image = image.point(lambda value: value / 256).convert("L")
+        image.load()  # the orientation may stand behind the pixels
+        turn = TURNS.get(orientation(image))
+        image = image if turn is None else image.transpose(turn)
+        if image.mode == "F" or image.mode.startswith("I"):  # convert() clips them to 255
+            values = np.asarray(image)
+            if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+                raise ValueError(f"mode {image.mode}: which number is white? Save it as 8 bits")
+            image = Image.fromarray((values // 256).astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -264,10 +336,14 @@ def load_image(path: str) -> Image.Image:
 def read_image(path: str) -> torch.Tensor:
     """uint8 [3, H, W]: load_image()'s pixels, of JPEG files in half the time."""
     if decode_jpeg and path.lower().endswith((".jpg", ".jpeg")):
-        with contextlib.suppress(RuntimeError):  # a PNG by another name, say
-            image = decode_jpeg(read_file(path), apply_exif_orientation=True)
-            if len(image) in (1, 3):  # not CMYK
-                return image.expand(3, -1, -1)
+        with contextlib.suppress(Exception):  # a PNG by another name, say
+            data = read_file(path)
+            content = data.numpy().tobytes()
+            turned = b"Exif" in content or b"Orientation" in content  # perhaps
+            if not turned or orientation(Image.open(io.BytesIO(content))) not in TURNS:
+                image = decode_jpeg(data)
+                if len(image) in (1, 3):  # not CMYK
+                    return image.expand(3, -1, -1)
     return v2.functional.pil_to_tensor(load_image(path))
 
 
@@ -874,10 +950,9 @@ def start_process(args: argparse.Namespace) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if args.rank > 0:
         sys.stdout = io.StringIO()  # print() is for process 0
-    if args.device.startswith("cuda"):
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        torch.cuda.set_device(local if args.device == "cuda" else args.device)
-    elif args.world_size == 1 and "OMP_NUM_THREADS" not in os.environ:  # one thread per core
+    if (
+        args.device == "cpu" and args.world_size == 1 and "OMP_NUM_THREADS" not in os.environ
+    ):  # one thread per core
         torch.set_num_threads(max(1, available_cpus() - args.workers))
 
 

@@ -20,6 +20,7 @@ import json
 import os
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +28,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+import transformers
 from PIL import ExifTags, Image, PngImagePlugin
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageClassification
 
 FIELDS = ("checkpoint", "arch", "epoch", "selected", "images")  # of a result, shown as they are
+ENCODER = ("width", "pooling", "prefix", "weights_sha256")  # what texts have in common
 PUBLISHED = torchvision.models.list_models(torchvision.models)
 
 
@@ -79,26 +81,21 @@ def parse_args() -> argparse.Namespace:
     add("--data", required=True, action="append", metavar="DIR", help="once or more often")
     add("--ema", action="store_true", help="the averaged weights (the projection head has none)")
     add("--out", metavar="FILE.jsonl", help="append the results, a line per checkpoint and folder")
-    add("--predictions", metavar="FILE.jsonl", help="write label and prediction of every image")
     add("--captions", help="captions.jsonl of the (one) folder: image-text recall@1/5/10")
     add("--embeddings", help="embeddings.npy of these captions")
-    add("--class-captions", help="caption.py --model template on the folder: zero-shot top-1")
-    add("--class-embeddings", help="embeddings.npy of these captions")
     add("-b", "--batch-size", type=int, default=64, help="per process (default: %(default)s)")
     add("-j", "--workers", type=int, default=workers, help="loading (default: %(default)s)")
     add("--device", help="cuda, cuda:N, mps or cpu (default: what torch finds)")
     args = p.parse_intermixed_args()
-    args.rank, args.world = process_rank()
-    args.device = choose_device(args.device, args.world)
     if min(args.batch_size, args.workers + 1) < 1:
         p.error("-b starts at 1, -j at 0")
     if args.ema and set(args.checkpoints) <= set(PUBLISHED):
         p.error("--ema does nothing for published weights")
-    for pair in (args.captions, args.embeddings), (args.class_captions, args.class_embeddings):
-        if any(pair) and not (all(pair) and len(args.data) == 1 and not args.ema):
-            p.error("captions need their embeddings, one --data, and no --ema (the head has none)")
-    if args.rank > 0:  # rank 0 writes the files
-        args.out = args.predictions = None
+    pair = args.captions, args.embeddings
+    if any(pair) and not (all(pair) and len(args.data) == 1 and not args.ema):
+        p.error("captions need their embeddings, one --data, and no --ema (the head has none)")
+    args.rank, args.world = process_rank()
+    args.device = choose_device(args.device, args.world)
     return args
 
 
@@ -158,38 +155,48 @@ def list_images(folder: str, allow_empty: bool = False) -> tuple[list[str], list
     return classes, make_dataset(folder, index, None, is_image, allow_empty)
 
 
-class Images(torchvision.datasets.ImageFolder):
-    """Item i: image [3, S, S] float32 after `transform`, label (-1: none, -2: unreadable), i."""
+class Folder(Dataset):
+    """Item i: image [3, S, S] float32 after `transform`, i, and why it cannot be read ("": it can).
+    `labels` [N] are indices of `classes`, -1: none."""
 
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        classes, self.found = list_images(str(directory), allow_empty=True)
-        return classes, {name: i for i, name in enumerate(classes)}
-
-    def make_dataset(self, *_, **__) -> list[tuple[str, int]]:
-        return self.found
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
+    def __init__(self, root: str):
+        self.root, self.transform = root, None
         try:
-            return *super().__getitem__(index), index
-        except Exception:  # one bad image costs that image, and is counted
-            return self.transform(Image.new("RGB", (1, 1))), -2, index
+            self.classes, samples = list_images(root, allow_empty=True)
+        except OSError as error:
+            raise SystemExit(f"--data {root}: {error}") from error
+        if not samples:
+            raise SystemExit(f"--data {root}: there is no image in it")
+        self.keys = np.array([os.fsencode(os.path.relpath(path, root)) for path, _ in samples])
+        self.labels = np.array([label for _, label in samples])
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
+        path, reason = os.path.join(self.root, os.fsdecode(self.keys[index])), ""
+        try:
+            image = load_image(path)
+        except Exception as error:  # one bad image costs that image, and is named
+            image, reason = Image.new("RGB", (1, 1)), f"{path!r} ({type(error).__name__}: {error})"
+        return self.transform(image), index, reason
 
     def key(self, index: int) -> str:
-        return Path(self.samples[index][0]).relative_to(self.root).as_posix()
+        return os.fsdecode(self.keys[index]).replace(os.sep, "/")
 
 
-def read_folders(directories: list[str]) -> dict[str, Images]:
-    folders = {}
-    for directory in directories:
-        if os.path.isdir(directory):
-            folders[directory] = Images(directory, loader=load_image, allow_empty=True)
-        if directory not in folders or not folders[directory].samples:
-            raise SystemExit(f"--data {directory}: no folder, or no image in it")
-    return folders
+@dataclass
+class Texts:
+    """Embeddings [M, D] of captions, the index [M] of the image that each belongs to, and what
+    embed.py says of them."""
+
+    rows: np.ndarray
+    owner: np.ndarray
+    encoder: dict
 
 
-def read_texts(captions: str, embeddings: str, index: dict[str, int], every: bool) -> tuple:
-    """Rows [M, D] on what is in `index` (of images or classes), its index [M], and the encoder."""
+def read_texts(captions: str, embeddings: str, folder: Folder) -> Texts:
+    """Those of the folder's images. SystemExit if the two files do not belong together."""
     try:
         encoder = json.loads(Path(embeddings.removesuffix(".npy") + ".json").read_text("utf-8"))
         content, rows = Path(captions).read_bytes(), np.load(embeddings, mmap_mode="r")
@@ -199,36 +206,75 @@ def read_texts(captions: str, embeddings: str, index: dict[str, int], every: boo
     same = hashlib.sha256(content).hexdigest() == encoder.get("captions_sha256")
     if not same or rows.shape != (len(keys), encoder.get("width")):
         raise SystemExit(f"{captions} is not what {embeddings} was made from: run embed.py again")
-    owner = np.array([index.get(key, index.get(key.split("/")[0], -1)) for key in keys])
-    described = set(owner)
-    none = [name for name, i in index.items() if i not in described]
-    if len(none) == len(index) or (none and every):
-        raise SystemExit(f"{captions} lacks {len(none)} images or classes, first '{none[0]}'")
-    return rows[owner >= 0], owner[owner >= 0], encoder | {"file": embeddings}
+    index = {folder.key(i): i for i in range(len(folder))}
+    owner = np.array([index.get(key, -1) for key in keys])
+    if owner.max() < 0:
+        raise SystemExit(f"{captions}: none of its images is in {folder.root}")
+    return Texts(rows[owner >= 0], owner[owner >= 0], encoder | {"file": embeddings})
 
 
-def load_model(file: str, ema: bool, folders: dict[str, Images]) -> tuple[nn.Module, dict]:
+def projection_head(kind: str, width: int, text_width: int, batch_norm: bool) -> nn.Module:
+    """The head h: with batch norm as the authors' ResNet has it, without as their DeiT."""
+    if kind == "linear":
+        return nn.Linear(width, text_width, bias=False)
+    first = nn.Linear(width, 2 * text_width, bias=not batch_norm)
+    norm = [nn.BatchNorm1d(2 * text_width)] if batch_norm else []
+    last = nn.Linear(2 * text_width, text_width)
+    for layer in first, last:
+        nn.init.trunc_normal_(layer.weight, std=1024**-0.5 if batch_norm else 0.02)
+    return nn.Sequential(first, *norm, nn.ReLU(inplace=True), last)
+
+
+class ResidualBlock(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def text_adapter(width: int) -> nn.Module:
+    """LLM2CLIP's, behind the frozen text encoder: [n, width] -> [n, width]."""
+    blocks = []
+    for _ in range(4):
+        layers = nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        blocks.append(ResidualBlock(nn.LayerNorm(width), *layers))
+    return nn.Sequential(*blocks, nn.LayerNorm(width), nn.Linear(width, width))
+
+
+def last_layer(model: nn.Module, num_classes: int) -> nn.Module:
+    """The classifier g: the last layer, linear or a 1x1 convolution, with an output per class."""
+    for module in reversed(list(model.modules())):
+        sizes = getattr(module, "out_features", None), getattr(module, "out_channels", None)
+        if num_classes in sizes:
+            return module
+    raise SystemExit("no classification layer could be found: choose another --arch")
+
+
+def load_published(name: str, folders: list[Folder]) -> tuple[nn.Module, dict]:
+    """A torchvision model with its published weights, and what a checkpoint would say of it."""
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    classes = [str(i) for i in range(1000)]
+    for folder in folders:
+        if len(folder.classes) == 1000 and folder.classes[0].startswith("n"):  # synsets
+            classes = folder.classes
+    state = {"arch": name, "epoch": "", "selected": str(weights), "classes": classes}
+    state |= {"transform": weights.transforms(), "settings": {"published": name}}
+    return torchvision.models.get_model(name, weights=weights), state
+
+
+def load_model(file: str, ema: bool = False) -> tuple[nn.Module, dict]:
     """The plain model with its weights, and the other entries; "transform" is the preprocessing."""
-    if file in PUBLISHED:
-        weights = torchvision.models.get_model_weights(file).DEFAULT
-        classes = [str(i) for i in range(1000)]
-        for folder in folders.values():
-            if len(folder.classes) == 1000 and folder.classes[0].startswith("n"):  # synsets
-                classes = folder.classes
-        state = {"arch": file, "epoch": "", "selected": str(weights), "classes": classes}
-        state |= {"transform": weights.transforms(), "settings": {"published": file}}
-        return torchvision.models.get_model(file, weights=weights), state
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     weights, rebuild = state["ema" if ema else "model"], state["rebuild"]
+    if state["settings"]["mae"]:
+        raise SystemExit(f"{file} is an auto-encoder: fine-tune it first, train.py --init {file}")
     if weights is None:
         raise SystemExit(f"{file} has no averaged weights: train with --ema-decay, or no --ema")
     if "config" in rebuild:
-        config = AutoConfig.for_model(**rebuild["config"])
-        model = AutoModelForImageClassification.from_config(config)
+        config = transformers.AutoConfig.for_model(**rebuild["config"])
+        model = getattr(transformers, rebuild["class"])(config)
     else:
         outputs = len(state["classes"]) or state["settings"]["text"]["width"]
-        rebuild = rebuild["kwargs"] | {"num_classes": outputs}
-        model = torchvision.models.get_model(state["arch"], **rebuild)
+        kwargs = rebuild["kwargs"] | {"num_classes": outputs}
+        model = torchvision.models.get_model(state["arch"], **kwargs)
     model.load_state_dict(weights, strict=True)
     state["selected"] += ", averaged weights" if ema else ""
     size, interpolation = state["input_size"], InterpolationMode(state["interpolation"])
@@ -242,23 +288,26 @@ class Checkpoint(nn.Module):
     """The plain model, the file's other entries (state) and, for texts, its head h and its text
     adapter: images [n, 3, S, S] -> logits [n, K] and, for texts, features [n, D] of length 1."""
 
-    def __init__(self, file: str, ema: bool, folders: dict[str, Images], texts: dict):
+    def __init__(self, file: str, ema: bool, folders: list[Folder], texts: Texts | None):
         super().__init__()
+        self.file, self.head, self.adapter = file, None, nn.Identity()
         if file not in PUBLISHED and not os.path.exists(file):
             raise SystemExit(f"{file}: no such checkpoint, and no torchvision model")
         try:
-            self.model, self.state = load_model(file, ema, folders)
+            if file in PUBLISHED:
+                self.model, self.state = load_published(file, folders)
+            else:
+                self.model, self.state = load_model(file, ema)
         except Exception as error:
             reason = f"{type(error).__name__} {str(error).partition(chr(10))[0]}"
             raise SystemExit(f"{file}: not a checkpoint that can be read: {reason}") from error
-        self.file, self.head = file, None
-        for folder in folders.values():
+        for folder in folders:
             if not self.match_classes(folder) and not texts:
                 raise SystemExit(f"{file} or {folder.root} has no classes: pass --captions")
-        for _, _, encoder in texts.values():
-            self.load_head(encoder)
+        if texts:
+            self.load_heads(texts.encoder)
 
-    def match_classes(self, folder: Images) -> list[int]:
+    def match_classes(self, folder: Folder) -> list[int]:
         """Of each of the folder's classes, the index among the checkpoint's; [] if one has none."""
         if not self.state["classes"]:
             return []
@@ -272,30 +321,26 @@ class Checkpoint(nn.Module):
             raise SystemExit(f"{folder.root} has {what} '{unknown[0]}'")
         return [index[name] for name in folder.classes]
 
-    def load_head(self, encoder: dict) -> None:
-        """train.py's head h, from its weights alone; without labels there is none."""
+    def load_heads(self, encoder: dict) -> None:
+        """train.py's head h (without labels there is none) and text adapter, if there is one."""
         trained_on = self.state["settings"].get("text") or {"model": "no captions"}
-        for name in "width", "pooling", "prefix", "weights_sha256":
+        for name in ENCODER:
             if encoder.get(name) != trained_on.get(name):
                 what = f"has another {name} than {trained_on['model']}, of {self.file}'s training"
                 raise SystemExit(f"{encoder['file']} {what}")
-        self.head, width = nn.Identity(), encoder["width"]
-        if weights := self.state["projection"]:
-            if "weight" in weights:
-                self.head = nn.Linear(*weights["weight"].T.shape, bias=False)
-            else:
-                hidden, features = weights["0.weight"].shape
-                norm = [nn.BatchNorm1d(hidden)] if "1.running_mean" in weights else []
-                first = nn.Linear(features, hidden, bias="0.bias" in weights)
-                self.head = nn.Sequential(first, *norm, nn.ReLU(), nn.Linear(hidden, width))
-            self.head.load_state_dict(weights, strict=True)
-            layers = [m for m in self.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-            last = [m for m in layers if len(m.weight) == len(self.state["classes"])][-1]
-            last.register_forward_pre_hook(lambda _, inputs: setattr(self, "features", inputs[0]))
+        self.head, heads = nn.Identity(), self.state["heads"]
+        if heads["projection"]:
+            self.head = projection_head(**heads["projection"])
+            self.head.load_state_dict(self.state["projection"], strict=True)
+            layer = last_layer(self.model, len(self.state["classes"]))
+            layer.register_forward_pre_hook(lambda _, inputs: setattr(self, "features", inputs[0]))
+        if heads["adapter"]:
+            self.adapter = text_adapter(**heads["adapter"])
+            self.adapter.load_state_dict(self.state["adapter"], strict=True)
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         output = self.model(images)
-        logits = features = getattr(output, "logits", output).float()
+        logits = features = (output if isinstance(output, Tensor) else output[0]).float()
         if self.head is None:
             return logits, None
         if self.state["classes"]:
@@ -304,49 +349,45 @@ class Checkpoint(nn.Module):
 
     @torch.inference_mode()
     def embed(self, rows: np.ndarray) -> np.ndarray:
-        """Text features [M, D] of length 1, through train.py's text adapter, if there is one."""
-        x, w = torch.from_numpy(rows.astype(np.float32)), self.state.get("adapter")
-        for i in range(4) if w else ():
-            y = F.layer_norm(x, x.shape[1:], w[f"{i}.0.weight"], w[f"{i}.0.bias"])
-            y = F.gelu(F.linear(y, w[f"{i}.1.weight"], w[f"{i}.1.bias"]))
-            x = x + F.linear(y, w[f"{i}.3.weight"], w[f"{i}.3.bias"])
-        if w:
-            x = F.layer_norm(x, x.shape[1:], w["4.weight"], w["4.bias"])
-            x = F.linear(x, w["5.weight"], w["5.bias"])
-        return F.normalize(x, dim=1).numpy()
+        """Text features [M, D] of length 1, through the text adapter."""
+        rows = torch.from_numpy(rows.astype(np.float32))
+        return F.normalize(self.adapter.cpu()(rows), dim=1).numpy()
 
 
-def measure(logits, features, labels, present) -> dict[str, torch.Tensor]:
+def measure(logits: Tensor, features: Tensor | None, labels: Tensor, present: Tensor) -> dict:
     """Of a batch: logits [n, K], features [n, D] or None, labels [n]; the folder's classes."""
     prediction, top5 = logits.argmax(1), logits.topk(min(5, logits.shape[1])).indices
-    batch = {"label": labels, "prediction": prediction, "probability": logits.softmax(1).amax(1)}
-    batch |= {"top1": prediction == labels, "top5": (top5 == labels[:, None]).any(1)}
+    batch = {"top1": prediction == labels, "top5": (top5 == labels[:, None]).any(1)}
     if len(present):
         batch["top1_among_these"] = present[logits[:, present].argmax(1)] == labels
     return batch if features is None else batch | {"feature": features}
 
 
 @torch.inference_mode()
-def predict(net: Checkpoint, folder: Images, present: list[int], args) -> dict[str, np.ndarray]:
-    """measure() of all images, on every process, each of which looks at its share of them."""
+def predict(net: Checkpoint, folder: Folder, labels: Tensor, args) -> tuple[dict, list[str]]:
+    """measure() of all images, on every process, each of which looks at its share of them; and why
+    some could not be read. labels [N]: the checkpoint's classes, -1: none."""
     share = range(args.rank, len(folder), args.world)
     options = {"num_workers": args.workers, "pin_memory": args.device.startswith("cuda")}
     loader = DataLoader(folder, args.batch_size, sampler=share, **options)
-    present = torch.tensor(present, device=args.device)
+    present = labels[labels >= 0].unique().to(args.device)
     net.to(args.device, memory_format=torch.channels_last).eval()
-    found = []
-    for images, labels, index in tqdm(loader, unit="batch", disable=args.rank > 0, leave=False):
+    found, reasons = [], []
+    for images, index, why in tqdm(loader, unit="batch", disable=args.rank > 0, leave=False):
         images = images.to(args.device, non_blocking=True, memory_format=torch.channels_last)
-        batch = measure(*net(images), labels.to(args.device), present) | {"index": index}
+        batch = measure(*net(images), labels[index].to(args.device), present) | {"index": index}
+        batch["readable"] = torch.tensor([not reason for reason in why])
         found.append({name: values.cpu().numpy() for name, values in batch.items()})
+        reasons += [reason for reason in why if reason]
     if args.world > 1:
         parts = [None] * args.world
-        dist.all_gather_object(parts, found)
-        found = [batch for part in parts for batch in part]
+        dist.all_gather_object(parts, (found, reasons))
+        found = [batch for part, _ in parts for batch in part]
+        reasons = [reason for _, part in parts for reason in part]
     found = {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
     order = np.argsort(found.pop("index"))
     assert len(order) == len(folder)  # every image once
-    return {name: values[order] for name, values in found.items()}
+    return {name: values[order] for name, values in found.items()}, sorted(reasons)
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
@@ -373,54 +414,38 @@ def retrieval(features, texts, owner, ks=(1, 5, 10), device="cpu") -> dict[str, 
     return hits
 
 
-def text_measures(features, readable, texts, folder: Images, device: str) -> dict[str, float]:
-    """Recall, and top-1 of features [N, D] among the mean texts of classes, of readable images."""
-    measures = {}
-    if "images" in texts:
-        rows, owner = texts["images"]
-        seen = readable[owner]
-        measures |= retrieval(features, rows[seen], owner[seen], device=device)
-    if "classes" in texts:
-        rows, owner = texts["classes"]
-        prototypes = np.stack([rows[owner == k].mean(0) for k in range(len(folder.classes))])
-        prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
-        hit = (features @ prototypes.T).argmax(1) == folder.targets
-        measures["zero-shot top-1"] = 100 * float(hit[readable].mean())
-    return measures
-
-
-def evaluate_folder(net: Checkpoint, name: str, folder: Images, texts, firsts, args) -> tuple:
-    """A result, in percent of the readable images, and what predict() found."""
-    index, state = net.match_classes(folder), net.state
+def evaluate_folder(
+    net: Checkpoint, folder: Folder, texts: Texts | None, firsts: dict, args
+) -> dict:
+    """A result, in percent of the readable images."""
+    index, state, name = net.match_classes(folder), net.state, folder.root
     folder.transform = state["transform"]
-    folder.target_transform = index.__getitem__ if index else None
-    present = sorted({index[target] for target in folder.targets}) if index else []
+    labels = np.array(index)[folder.labels] if index else np.full(len(folder), -1)
     start = time.perf_counter()
-    found = predict(net, folder, present, args)
-    speed = len(folder) / (time.perf_counter() - start)
-    readable = found["label"] > -2
+    found, reasons = predict(net, folder, torch.from_numpy(labels), args)
+    speed, readable = len(folder) / (time.perf_counter() - start), found["readable"]
     if not readable.any():
-        raise SystemExit(f"no image of {folder.root} can be read")
-    bad = [repr(folder.samples[i][0]) for i in np.flatnonzero(~readable)]
-    if bad and args.rank == 0:
-        print(f"{name}: {len(bad)} unreadable images, not counted: {', '.join(bad[:5])}")
+        raise SystemExit(f"no image of {name} can be read: {reasons[0]}")
+    if reasons and args.rank == 0:
+        print(f"{name}: {len(reasons)} unreadable images, not counted: {', '.join(reasons[:5])}")
     result = {"checkpoint": net.file, "data": name}
     result |= {field: state[field] for field in ("arch", "epoch", "selected")}
-    result |= {"images": int(readable.sum()), "unreadable": int((~readable).sum())}
+    result |= {"images": int(readable.sum()), "unreadable": len(reasons)}
     if index:
         reference, first = firsts.setdefault(name, (net.file, found))
-        both = readable & (first["label"] > -2)
+        both = readable & first["readable"]
         difference, interval = paired_difference(first["top1"][both], found["top1"][both])
         fields = "top1", "top5", "top1_among_these"
         result |= {field: 100 * found[field][readable].mean() for field in fields}
-        result |= {"classes": len(present), "of_classes": len(state["classes"])}
+        result |= {"classes": len(set(labels)), "of_classes": len(state["classes"])}
         result |= {"reference": reference, "difference": difference, "interval": interval}
     result["parameters"] = sum(p.numel() for p in net.model.parameters())
     result |= {"images_per_s": speed, "text": {}, "settings": state["settings"]}
     if texts and args.rank == 0:
-        rows = {kind: (net.embed(rows), owner) for kind, (rows, owner, _) in texts.items()}
-        result["text"] = text_measures(found.pop("feature"), readable, rows, folder, args.device)
-    return result, found
+        rows, seen = net.embed(texts.rows), readable[texts.owner]
+        pairs = found["feature"], rows[seen], texts.owner[seen]
+        result["text"] = retrieval(*pairs, device=args.device)
+    return result
 
 
 def print_table(rows: list[dict]) -> None:
@@ -489,47 +514,25 @@ def report(results: list[dict], names: list[str]) -> None:
             print_table(seeds)
 
 
-def evaluate(args, folders: dict[str, Images], texts: dict) -> list[dict]:
-    """The results of every checkpoint on every folder, written as they come."""
-    results, firsts = [], {}
-    unfinished = f"{args.predictions}.tmp" if args.predictions else os.devnull
-    with open(args.out or os.devnull, "a") as out, open(unfinished, "w") as predictions:
-        for file in args.checkpoints:
-            net = Checkpoint(file, args.ema, folders, texts)
-            for name, folder in folders.items():
-                result, found = evaluate_folder(net, name, folder, texts, firsts, args)
-                results.append(result)
-                print(json.dumps(result), file=out, flush=True)
-                for i in np.flatnonzero(found["label"] >= 0) if "top1" in result else []:
-                    line = {"checkpoint": file, "data": name, "image": folder.key(i)}
-                    for field in "label", "prediction":
-                        line[field] = net.state["classes"][found[field][i]]
-                    line["probability"] = round(float(found["probability"][i]), 6)
-                    print(json.dumps(line), file=predictions)  # devnull without --predictions
-    if args.predictions:
-        os.replace(unfinished, args.predictions)
-    return results
-
-
 def main() -> None:
     args = parse_args()
     if args.world > 1:
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    folders, texts = read_folders(args.data), {}
-    folder = next(iter(folders.values()))
+    folders, texts = [Folder(root) for root in dict.fromkeys(args.data)], None
     if args.captions:
-        index = {folder.key(i): i for i in range(len(folder))}
-        texts["images"] = read_texts(args.captions, args.embeddings, index, every=False)
-    if args.class_captions:
-        if not folder.classes:
-            raise SystemExit(f"--class-captions: {folder.root} has no class folders")
-        files = args.class_captions, args.class_embeddings
-        texts["classes"] = read_texts(*files, folder.class_to_idx, every=True)
+        texts = read_texts(args.captions, args.embeddings, folders[0])
     for file in args.checkpoints:  # a fault of the last is told before the first is evaluated
         Checkpoint(file, args.ema, folders, texts)
-    results = evaluate(args, folders, texts)
+    results, firsts = [], {}
+    out = args.out if args.out and args.rank == 0 else os.devnull
+    with open(out, "a", encoding="utf-8") as stream:
+        for file in args.checkpoints:
+            net = Checkpoint(file, args.ema, folders, texts)
+            for folder in folders:
+                results.append(evaluate_folder(net, folder, texts, firsts, args))
+                print(json.dumps(results[-1]), file=stream, flush=True)
     if args.rank == 0:
-        report(results, list(folders))
+        report(results, [folder.root for folder in folders])
     if args.world > 1:
         dist.destroy_process_group()
 

@@ -1,31 +1,35 @@
-"""Train a classifier with cross-entropy plus alignment to caption embeddings: stage 3 of 4.
+"""Train a vision model: stage 3 of 4, behind caption.py and embed.py.
 
 In:  --data ROOT               ROOT/train/<class>/<image> and ROOT/val/<class>/<image>; or only
-                               ROOT/train/<image>: no labels, and alignment alone
-     --captions, --embeddings  what caption.py and embed.py wrote for ROOT/train; without them: the
-                               cross-entropy baseline, same code
+                               ROOT/train/<image>: images without labels
+     --captions, --embeddings  what caption.py and embed.py wrote for ROOT/train
 Out: RUN/last.pt               plain model weights, and what is needed to evaluate and to resume
-     RUN/best.pt               the same at the best epoch *on the validation folder* (chosen on it,
-                               so no unbiased result; results are reported from last.pt)
      RUN/log.jsonl             first the configuration, then one object per epoch
+     RUN/reconstruction.png    of --mae: eight images, what was seen of them, what was predicted
+
+What is given decides what is minimised. f(x) is the input of the classifier's last layer g, t the
+frozen embedding of a caption of x, h a small head that is used in training only:
+
+    labels             CE(g(f(x)), y)                                     the baseline
+    labels and texts   CE(g(f(x)), y) + lambda * L_align(h(f(x)), t)      GPT4Image, 2306.00693
+    texts              L_align(f(x), t), f(x): the model's output         LLM2CLIP, 2411.04997
+    --mae              the squared error of the hidden patches' pixels    Hiera, 2306.00989
 
 Launch:
     python train.py --data imagenet --out runs/baseline --recipe resnet
     torchrun --standalone --nproc_per_node=4 train.py --data imagenet --out runs/aligned \\
         --recipe resnet --captions captions.jsonl --embeddings embeddings.npy
+    python train.py --data imagenet --out runs/mae --recipe mae
+    python train.py --data imagenet --out runs/hiera --recipe hiera --init runs/mae/last.pt
     the same line with --resume after a kill
-
-    L = CE(g(f(x)), y) + lambda * L_align(h(f(x)), t)               GPT4Image, arXiv 2306.00693
-
-f(x) is the input of the classifier's last layer g, t the frozen embedding of a caption of x, h a
-small head that is used in training only. --align-weight is lambda. Without labels L is L_align, of
-the model's own output, which is as wide as t: LLM2CLIP's setting.
 """
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import functools
+import gc
 import hashlib
 import io
 import json
@@ -36,8 +40,8 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -46,9 +50,8 @@ import torch.nn.functional as F
 import torchvision
 import transformers
 from PIL import ExifTags, Image, PngImagePlugin
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.ops import StochasticDepth
@@ -61,24 +64,42 @@ except ImportError:
     decode_jpeg = None
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-PREPROCESSING = ["input_size", "crop_ratio", "interpolation", "mean", "std"]
 
 # What a recipe puts before the user's own options: resnet (the defaults) and deit are the paper's,
-# finetune is ours. In the official code lambda is 0.3, but acts as 0.3 / W on its W = 4 (ResNet) or
-# 8 (DeiT) processes, since its gather keeps the local gradient only; here W does not matter.
+# mae and hiera those of Hiera-B, llm2clip is LLM2CLIP's, finetune ours. In the official code lambda
+# is 0.3, but acts as 0.3 / W on its W = 4 (ResNet) or 8 (DeiT) processes, since its gather keeps
+# the local gradient only; here W does not matter.
+ADAMW = "--optimizer adamw --weight-decay 0.05 --no-decay-norms "
+MIXED = "--label-smoothing 0.1 --mixup 0.8 --cutmix 1.0 --randaugment 27 --random-erasing 0.25 "
+MIXED += "--interpolation bicubic --drop-path 0.1 --align-weight 0.0375 --temperature 0.05 "
 RECIPES = {
     "resnet": "",
-    "deit": "--arch vit_b_16 --epochs 300 --batch-size 128 --optimizer adamw --weight-decay 0.05 "
-    "--no-decay-norms --warmup-epochs 5 --label-smoothing 0.1 --mixup 0.8 --cutmix 1.0 "
-    "--randaugment 27 --color-jitter 0.3 --random-erasing 0.25 --repeated-aug 3 --drop-path 0.1 "
-    "--ema-decay 0.99996 --interpolation bicubic --crop-ratio 1.0 --align-weight 0.0375 "
-    "--temperature 0.05",
+    "deit": f"--arch vit_b_16 --epochs 300 --batch-size 128 --warmup-epochs 5 {ADAMW}{MIXED}"
+    "--color-jitter 0.3 --repeated-aug 3 --ema-decay 0.99996 --crop-ratio 1.0",
     "finetune": "--pretrained --epochs 30 --batch-size 64 --warmup-epochs 1 --min-lr 0.0",
+    "mae": f"--mae --arch facebook/hiera-base-224-mae-hf --epochs 400 --batch-size 64 {ADAMW}"
+    "--beta2 0.95 --warmup-epochs 40 --min-lr 0 --crop-scale 0.2 --drop-path 0.2 "
+    "--interpolation bicubic",
+    "hiera": f"--arch facebook/hiera-base-224-mae-hf --epochs 100 --batch-size 64 {ADAMW}{MIXED}"
+    "--layer-decay 0.7 --warmup-epochs 5 --min-lr 1e-6",
+    "llm2clip": f"--arch openai/clip-vit-large-patch14-336 --pretrained --epochs 4 {ADAMW}"
+    "--batch-size 512 --lr 1e-5 --layer-decay 0.85 --clip-grad 5 --min-lr 0 --text-adapter mlp "
+    "--learn-temperature --temperature 0.07",
 }
-LEARNING_RATES = {"resnet": (0.1, 256), "deit": (5e-4, 512), "finetune": (0.01, 64)}  # per images
-NOT_FINITE = "Try a smaller --lr, --clip-grad 1 or --amp bfloat16"
+LEARNING_RATES = {  # at so many images per step; it grows with the batch
+    ("resnet", "sgd"): (0.1, 256),
+    ("deit", "adamw"): (5e-4, 512),
+    ("finetune", "sgd"): (0.01, 64),
+    ("mae", "adamw"): (8e-4, 4096),
+    ("hiera", "adamw"): (2e-3, 1024),
+}
 NEED_TEXT = ["--align-weight", "--align-loss", "--temperature", "--projection", "--text-adapter"]
 NEED_TEXT += ["--shuffle-captions", "--learn-temperature", "--mix-text", "--no-mix-text"]
+NEED_LABELS = ["--align-weight", "--projection", "--label-smoothing"]
+EPOCHS_APART, IMAGES_APART = 10_007, 1_000_000_007  # primes: random streams that do not meet
+
+
+# ---- The command line ----------------------------------------------------------------------------
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -99,7 +120,6 @@ def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     p.epilog = "".join(f"\n--recipe {name}: {options}" for name, options in RECIPES.items())
     add, flag = p.add_argument, argparse.BooleanOptionalAction
-    workers = min(8, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     add("--data", required=True, help="folder with train/ and val/")
     add("--out", required=True, metavar="RUN", help="folder for checkpoints and the log")
     add("--captions", help="captions.jsonl of train/")
@@ -108,18 +128,23 @@ def parse_args() -> argparse.Namespace:
     add("--arch", default="resnet50", help="torchvision classifier, or transformers' id or folder")
     add("--pretrained", action=flag, default=False, help="start from published weights")
     add("--init", metavar="FILE", help="start from another run's weights, where shapes fit")
+    add("--mae", action="store_true", help="train a masked auto-encoder on train/, without labels")
     add("--epochs", type=int, default=120, help="passes over the training images")
     add("-b", "--batch-size", type=int, default=256, help="images per process")
     add("--lr", type=float, help="peak learning rate (the recipe's, scaled with the global batch)")
     add("--optimizer", default="sgd", choices=["sgd", "adamw"], help="sgd: with momentum 0.9")
+    add("--beta2", type=float, default=0.999, help="of adamw")
     add("--weight-decay", type=float, default=1e-4, help="decoupled for adamw")
     add("--decay-norms", action=flag, default=True, help="weight decay on norms and biases, too")
-    add("--warmup-epochs", type=int, default=0, help="linear warm-up before the cosine")
-    add("--warmup-lr", type=float, default=1e-6, help="learning rate at the start of it")
-    add("--min-lr", type=float, default=1e-5, help="where the cosine ends")
+    add(
+        "--layer-decay", type=float, default=1.0, help="a transformer's block k of n: lr * this^n-k"
+    )
+    add("--warmup-epochs", type=int, default=0, help="linear, from 1e-6; half the epochs at most")
+    add("--min-lr", type=float, help="where the cosine ends (1e-5, or a tenth of --lr if lower)")
     add("--label-smoothing", type=float, default=0.0, help="of the cross-entropy")
     add("--mixup", type=float, default=0.0, help="Beta parameter, 0 = off")
     add("--cutmix", type=float, default=0.0, help="the same; with both each batch draws one")
+    add("--crop-scale", type=float, default=0.08, help="least area of the random crop")
     add("--randaugment", type=int, default=0, help="magnitude 0..30 (timm's m9 is 27)")
     add("--color-jitter", type=float, default=0.0, help="of brightness, contrast, saturation")
     add("--random-erasing", type=float, default=0.0, help="probability")
@@ -131,7 +156,7 @@ def parse_args() -> argparse.Namespace:
     add("--interpolation", default="bilinear", choices=["bilinear", "bicubic"], help="of resizing")
     add("--crop-ratio", type=float, default=0.875, help="validation: resize to input size / this")
     add("--align-loss", default="clip", choices=["clip", "infonce", "cosine"], help="L_align")
-    add("--align-weight", type=float, default=0.075, help="lambda (no labels: 1)")
+    add("--align-weight", type=float, default=0.075, help="lambda (there is none without labels)")
     add("--temperature", type=float, default=0.2, help="tau of the contrastive losses")
     add("--learn-temperature", action="store_true", help="train tau, as CLIP does")
     add("--projection", default="mlp", choices=["mlp", "linear"], help="the head h")
@@ -140,22 +165,28 @@ def parse_args() -> argparse.Namespace:
     add("--mix-text", action=flag, default=True, help="align a mixed image with both captions")
     add("--amp", default="auto", choices=["auto", "bfloat16", "float16", "off"], help="on a GPU")
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--val-every", type=int, default=1, help="validate each so many epochs, and at the end")
+    add("--val-every", type=int, default=1, help="validate and save each so many epochs, and last")
     add("--seed", type=int, default=0, help="of everything that is drawn")
-    add("-j", "--workers", type=int, default=workers, help="data loading processes")
+    add("-j", "--workers", type=int, help="data loading processes (up to 8; on a CPU a quarter)")
     add("--device", help="cuda, cuda:N, mps or cpu (what torch finds)")
-    add("--resume", nargs="?", const=True, metavar="FILE", help="go on from RUN/last.pt, else FILE")
-    p.set_defaults(init_settings=None, init_seed=None)  # what --init was trained with
+    add("--resume", action="store_true", help="go on from RUN/last.pt, if it is there")
     recipe = RECIPES[p.parse_args().recipe].split()
     args = p.parse_args([*recipe, *sys.argv[1:]])
-    check(p, args, {word.split("=")[0] for word in sys.argv[1:]})
-    if os.path.exists(os.path.join(args.out, "last.pt")) and not args.resume:
-        p.error(f"{args.out}/last.pt exists: go on with --resume, or choose another --out")
     args.rank, args.world_size = process_rank()
     args.device = choose_device(args.device, args.world_size)
+    if args.workers is None:  # on a CPU, the model needs the cores
+        cpus = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = max(1, cpus // 4) if args.device == "cpu" else min(8, cpus)
     if args.lr is None:
-        rate, images = LEARNING_RATES[args.recipe]
+        if (args.recipe, args.optimizer) not in LEARNING_RATES:
+            p.error(
+                f"--recipe {args.recipe} has no rate for --optimizer {args.optimizer}: pass --lr"
+            )
+        rate, images = LEARNING_RATES[args.recipe, args.optimizer]
         args.lr = rate * args.batch_size * args.world_size / images
+    args.min_lr = min(1e-5, args.lr / 10) if args.min_lr is None else args.min_lr
+    args.warmup_epochs = min(args.warmup_epochs, args.epochs // 2)
+    check(p, args)
     return args
 
 
@@ -189,22 +220,37 @@ def choose_device(name: str | None, world: int) -> str:
     return str(device)
 
 
-def check(p: argparse.ArgumentParser, args: argparse.Namespace, given: set[str]) -> None:
-    """Refuse what cannot be, or would do nothing; `given`: the options that the user typed."""
-    idle = sorted(given & set(NEED_TEXT))
-    if idle and not args.embeddings:
-        p.error(f"{idle[0]} does nothing without --captions and --embeddings")
+def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what cannot be, or would do nothing."""
+    if os.path.exists(os.path.join(args.out, "last.pt")) and not args.resume:
+        p.error(f"{args.out}/last.pt exists: go on with --resume, or choose another --out")
     if bool(args.captions) != bool(args.embeddings):
         p.error("--captions and --embeddings go together")
+    if args.mae and (args.embeddings or args.mixup or args.cutmix):
+        p.error("--mae learns from images alone: no --captions, no --mixup, no --cutmix")
+    if not args.embeddings:
+        refuse_idle(NEED_TEXT, "--captions and --embeddings")
     if args.init and args.pretrained:
         p.error("--init and --pretrained exclude each other: --no-pretrained, for this recipe")
     if args.learn_temperature and args.align_loss == "cosine":
         p.error("--learn-temperature: the cosine loss has no temperature")
     if min(args.epochs, args.batch_size, args.repeated_aug, args.val_every, args.workers + 1) < 1:
         p.error("--epochs, -b, --repeated-aug and --val-every start at 1, -j at 0")
-    positive = args.temperature, 1 - args.ema_decay, 1 if args.lr is None else args.lr
-    if min(positive) <= 0 or args.align_weight < 0:
-        p.error("--temperature and --lr start above 0, --align-weight at 0, --ema-decay is below 1")
+    if min(args.temperature, args.lr, args.layer_decay, args.crop_scale, 1 - args.ema_decay) <= 0:
+        p.error("--temperature, --lr, --layer-decay, --crop-scale above 0, --ema-decay below 1")
+    if args.align_weight < 0 or not 0 <= args.min_lr <= args.lr:
+        p.error("--align-weight starts at 0, --min-lr lies between 0 and --lr")
+
+
+def refuse_idle(options: list[str], lacking: str) -> None:
+    """SystemExit if the user typed an option that does nothing without what is `lacking`."""
+    typed = {word.split("=")[0] for word in sys.argv[1:]}
+    for option in options:
+        if option in typed:
+            raise SystemExit(f"{option} does nothing without {lacking}")
+
+
+# ---- Images and texts ----------------------------------------------------------------------------
 
 
 def hidden(name: str) -> bool:
@@ -232,65 +278,88 @@ def list_images(folder: str, allow_empty: bool = False) -> tuple[list[str], list
 
 
 def list_data(args: argparse.Namespace) -> tuple[list, list[tuple[str, int]], list]:
-    """Class names, and (path, label) of train/ and of val/. A train/ without class folders holds
-    images without labels (-1): no names, nothing to validate on, alignment alone."""
+    """Class names, and (path, label) of train/ and of val/. Without class folders there are no
+    names, no labels (-1) and no val/. --mae wants none (0: its labels say what can be read)."""
     train, val = os.path.join(args.data, "train"), os.path.join(args.data, "val")
     try:
         classes, samples = list_images(train)
+        if args.mae:
+            return [], [(path, 0) for path, _ in samples], []
+        if not classes and not args.embeddings:
+            need = "pass --captions and --embeddings, or --mae"
+            raise SystemExit(f"{train} has no class folders: {need}")
         if not classes:
-            if not args.embeddings:
-                raise SystemExit(f"{train} has no class folders: pass --captions and --embeddings")
-            args.align_weight = 1.0
+            refuse_idle(NEED_LABELS, f"labels, and {train} has no class folders")
             return [], samples, []
         val_classes, val_samples = list_images(val, allow_empty=True)
     except FileNotFoundError as error:
         raise SystemExit(f"--data {args.data}: no images in train/ or val/: {error}") from error
-    strangers = [name for name in val_classes if name not in classes]
-    if strangers or not val_samples or not val_classes:
+    strangers = sorted(set(val_classes) - set(classes))
+    if strangers or not val_classes or not val_samples:
         found = f"classes that train/ has not: {strangers[:5]}" if strangers else "no image"
         raise SystemExit(f"{val} has {found}")
-    label = {i: classes.index(name) for i, name in enumerate(val_classes)}
-    return classes, samples, [(path, label[i]) for path, i in val_samples]
+    return classes, samples, [(path, classes.index(val_classes[i])) for path, i in val_samples]
 
 
 def key_of(path: str, data: str) -> str:
-    """The image's name in captions.jsonl."""
-    return os.path.relpath(path, os.path.join(data, "train")).replace(os.sep, "/")
+    """The name of an image of train/ in captions.jsonl."""
+    return path[len(os.path.join(data, "train", "")) :].replace(os.sep, "/")
+
+
+def read_captions(file: str) -> Iterator[tuple[str, str]]:
+    """(image, caption) of a jsonl file in order; a line without them is an error that names it."""
+    if not os.path.isfile(file) or not os.path.getsize(file):
+        raise SystemExit(f"{file}: No such file, or it is empty: run caption.py first")
+    with open(file, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                entry = json.loads(line)
+                image, caption = entry["image"], entry["caption"].encode("utf-8", "replace")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                wrong = f'line {number}: no JSON object with an "image" and a "caption" ({error!r})'
+                raise SystemExit(f"{file}, {wrong}: is caption.py done with it?") from error
+            yield image, caption.decode()  # no lone surrogates: they would stop the tokenizer
 
 
 class Captions:
     """Which rows of embeddings.npy are image i's: rows[starts[i]:starts[i + 1]], in the order of
-    `keys`; the array itself stays on the disk."""
+    `keys`; the array itself stays on the disk. `shuffle`: the seed of the control, or None."""
 
-    def __init__(self, captions: str, embeddings: str, keys: Iterable[str], shuffle: int | None):
-        self.file, self.table, rows_of, foreign = embeddings, None, {key: [] for key in keys}, []
+    def __init__(self, captions: str, embeddings: str, keys: list[str], shuffle: int | None):
+        self.file, self.table, rows_of, strangers = embeddings, None, {key: [] for key in keys}, []
+        for row, (image, _) in enumerate(read_captions(captions)):
+            if image in rows_of:
+                rows_of[image].append(row)
+            else:
+                strangers.append(image)
         try:
-            with open(captions, "rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-                stream.seek(0)
-                for row, line in enumerate(stream):
-                    rows_of.get(json.loads(line)["image"], foreign).append(row)
             with open(embeddings.removesuffix(".npy") + ".json", encoding="utf-8") as stream:
                 self.identity = json.load(stream)
             table = np.load(embeddings, mmap_mode="r")
-        except (OSError, ValueError, KeyError) as error:
-            advice = f"run caption.py, then embed.py --captions {captions}"
-            raise SystemExit(f"{first_line(error)}: {advice}") from error
+        except (OSError, ValueError) as error:
+            advice = f"run embed.py --captions {captions}"
+            raise SystemExit(f"{embeddings}: {first_line(error)}: {advice}") from error
+        with open(captions, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != self.identity.get("captions_sha256"):
             raise SystemExit(f"{captions} is not what {embeddings} holds: run embed.py again")
         self.rows = np.array([row for rows in rows_of.values() for row in rows], np.int64)
         self.starts = np.cumsum([0, *map(len, rows_of.values())])
-        self.foreign, shape = len(foreign), (len(self.rows) + len(foreign), table.shape[-1])
-        if table.shape != shape or table.dtype not in (np.float16, np.float32):
-            wanted = f"expected float16 or float32 [{shape[0]}, width]"
+        self.width, lines = table.shape[-1], len(self.rows) + len(strangers)
+        if table.shape != (lines, self.width) or table.dtype not in (np.float16, np.float32):
+            wanted = f"expected float16 or float32 [{lines}, width]"
             raise SystemExit(f"{embeddings} is {table.dtype} {list(table.shape)}, {wanted}")
+        bare = [key for key, rows in rows_of.items() if not rows]
+        if bare:
+            print(f"{len(bare)} of {len(keys)} training images have no caption: {bare[0]!r}, say")
+        if strangers:
+            print(f"{len(strangers)} captions belong to no image of train/: {strangers[0]!r}, say")
         if not len(self.rows):
             raise SystemExit("no caption belongs to train/: was that caption.py's --data?")
-        self.width = table.shape[1]
         if shuffle is not None:
             self.rows = np.random.default_rng(shuffle).permutation(self.rows)
 
-    def draw(self, image: int) -> torch.Tensor:
+    def draw(self, image: int) -> Tensor:
         """float32 [width]: one of the image's captions at random, of length 1; else zeros."""
         start, end = self.starts[image : image + 2]
         if start == end:
@@ -333,7 +402,7 @@ def load_image(path: str) -> Image.Image:
         return image.convert("RGB")
 
 
-def read_image(path: str) -> torch.Tensor:
+def read_image(path: str) -> Tensor:
     """uint8 [3, H, W]: load_image()'s pixels, of JPEG files in half the time."""
     if decode_jpeg and path.lower().endswith((".jpg", ".jpeg")):
         with contextlib.suppress(Exception):  # a PNG by another name, say
@@ -348,57 +417,71 @@ def read_image(path: str) -> torch.Tensor:
 
 
 class Images(Dataset):
-    """Item (index, seed): uint8 image [S, S, 3], label, text [D] (zeros: none), failed (-1: not; if
-    it cannot be read, its index, and label -1). The random state is the item's own: augmentation
-    does not depend on workers or processes. `transform`: what `read` gives -> uint8 [3, S, S]."""
+    """Item (index, seed): uint8 image [S, S, 3], label, text [D], and why it cannot be read ("": it
+    can; else its label is -1). The random state is the item's own: augmentation does not depend on
+    workers or processes. `transform`: what `read` gives -> uint8 [3, S, S]. The text is a caption's
+    embedding (zeros: none) or, for an auto-encoder, `noise` numbers that say what it will see."""
 
-    def __init__(self, samples, size: int, read: Callable, transform: Callable, captions=None):
-        self.samples, self.size, self.captions = samples, size, captions
-        self.read, self.transform = read, transform
+    def __init__(self, samples, size, read: Callable, transform: Callable, captions=None, noise=0):
+        # arrays: workers share them, but would copy a list of a million names object by object
+        self.paths = np.array([os.fsencode(path) for path, _ in samples], bytes)
+        self.labels = np.array([label for _, label in samples], int)
+        self.size, self.read, self.transform = size, read, transform
+        self.captions, self.noise = captions, noise
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, int, torch.Tensor, int]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, Tensor, str]:
         index, seed = item
-        path, label = self.samples[index]
-        text, failed = torch.zeros(self.captions.width if self.captions else 0), -1
+        path, label, reason = os.fsdecode(self.paths[index]), int(self.labels[index]), ""
+        text = torch.zeros(self.captions.width if self.captions else self.noise)
         in_worker = torch.utils.data.get_worker_info() is not None  # a random state to itself
         with contextlib.nullcontext() if in_worker else torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             try:
                 image = self.read(path)
-            except Exception:  # one bad image costs that image
-                image, label, failed = torch.zeros(3, self.size, self.size).byte(), -1, index
-            if failed < 0:  # not in the `try`: a fault of ours is no unreadable image
+            except Exception as error:  # one bad image costs that image
+                image, label = torch.zeros(3, self.size, self.size).byte(), -1
+                reason = f"{path!r} ({first_line(error)})"
+            if not reason:  # not in the `try`: a fault of ours is no unreadable image
                 image = self.transform(image)
-                text = self.captions.draw(index) if self.captions else text
+                text = self.captions.draw(index) if self.captions else torch.rand(self.noise)
         # channels-last, as the model wants it: batches need no transposition
-        return image.permute(1, 2, 0).contiguous(), label, text, failed
+        return image.permute(1, 2, 0).contiguous(), label, text, reason
+
+
+def report_unreadable(reasons: set[str]) -> int:
+    """Print those of all processes; how many they are."""
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, reasons)
+        reasons = set().union(*parts)
+    if reasons:
+        print(f"{len(reasons)} unreadable images left out: {', '.join(sorted(reasons)[:5])}")
+    return len(reasons)
 
 
 class EpochSampler(Sampler):
-    """(index, seed) of this process's positions in an epoch's random order; none before the first.
-    At the same global batch, batch k is the same set of images at every number of processes."""
+    """(index, seed) of this process's positions in an epoch's random order. At the same global
+    batch, batch k is the same set of images at every number of processes."""
 
     def __init__(self, length: int, positions: range, seed: int, copies: int = 1):
         self.length, self.positions, self.seed, self.copies = length, positions, seed, copies
-        self.epoch = None
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __iter__(self) -> Iterable[tuple[int, int]]:
-        if self.epoch is None:
-            return
-        stream = self.seed * 10_007 + self.epoch
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        stream = self.seed * EPOCHS_APART + self.epoch
         order = torch.randperm(self.length, generator=torch.Generator().manual_seed(stream))
         order = order.repeat_interleave(self.copies)
         for position in self.positions:
-            yield int(order[position]), (stream * 1_000_000_007 + position) % 2**63
+            yield int(order[position]), (stream * IMAGES_APART + position) % 2**63
 
 
 class FlippedCrop(v2.RandomResizedCrop):
     """And a horizontal flip, of a uint8 image [3, H, W]; channels-last, where both are faster."""
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
+    def forward(self, image: Tensor) -> Tensor:
         top, left, height, width = self.make_params([image]).values()
         crop = image[None, :, top : top + height, left : left + width]
         crop = crop.contiguous(memory_format=torch.channels_last)
@@ -406,10 +489,10 @@ class FlippedCrop(v2.RandomResizedCrop):
         return (crop.flip(3) if torch.rand(()) < 0.5 else crop)[0]
 
 
-def transforms(args: argparse.Namespace) -> tuple[v2.Compose, v2.Compose]:
+def transforms(args: argparse.Namespace, size: int) -> tuple[v2.Compose, v2.Compose]:
     """Training's, on uint8 tensors; for evaluation torchvision's own, on Pillow's images."""
-    size, interpolation = args.input_size, InterpolationMode(args.interpolation)
-    steps = [FlippedCrop(size, interpolation=interpolation)]
+    interpolation, scale = InterpolationMode(args.interpolation), (args.crop_scale, 1.0)
+    steps = [FlippedCrop(size, scale, interpolation=interpolation)]
     if args.randaugment:  # tensors cannot be rotated bicubically
         bilinear = InterpolationMode.BILINEAR
         steps.append(v2.RandAugment(magnitude=args.randaugment, interpolation=bilinear))
@@ -421,91 +504,150 @@ def transforms(args: argparse.Namespace) -> tuple[v2.Compose, v2.Compose]:
     return v2.Compose(steps), v2.Compose([resize, v2.CenterCrop(size), v2.PILToTensor()])
 
 
-def make_loaders(args, samples, val_samples, captions) -> list[DataLoader]:
-    """Of this process's share of train/ and val/. Workers start now, and once: a fork beside the
-    threads of a process group may stand still."""
-    size, rank, world, loaders = args.input_size, args.rank, args.world_size, []
+def make_loaders(args, samples, val_samples, captions, found: dict) -> list[DataLoader]:
+    """Of this process's share of train/ and val/."""
+    rank, world, size, loaders = args.rank, args.world_size, found["input_size"], []
     if len(samples) < args.batch_size * world:
         batch = f"one batch of {args.batch_size} x {world} processes: use a smaller -b"
         raise SystemExit(f"{len(samples)} training images do not fill {batch}")
-    transform, val_transform = transforms(args)
-    images = Images(samples, size, read_image, transform, captions)
+    transform, val_transform = transforms(args, size)
+    images = Images(samples, size, read_image, transform, captions, found["parts"])
     val_images = Images(val_samples, size, load_image, val_transform)
     share = range(rank, len(samples) - len(samples) % world, world)
     order = EpochSampler(len(samples), share, args.seed, args.repeated_aug)
     val_order = EpochSampler(len(val_samples), range(rank, len(val_samples), world), args.seed)
-    options = {"num_workers": args.workers, "persistent_workers": args.workers > 0}
-    options |= {"batch_size": args.batch_size, "pin_memory": args.device.startswith("cuda")}
     for dataset, sampler in (images, order), (val_images, val_order):
-        # a generator of its own: drawing from the default one would disturb dropout after a resume
-        own = {"generator": torch.Generator(), "drop_last": dataset is images}
-        loaders.append(DataLoader(dataset, sampler=sampler, **own, **options))
-        if args.workers:
-            iter(loaders[-1])
-        sampler.epoch = 0
+        loader = DataLoader(
+            dataset,
+            args.batch_size,
+            sampler=sampler,
+            drop_last=dataset is images,
+            num_workers=args.workers,
+            persistent_workers=args.workers > 0,
+            pin_memory=args.device.startswith("cuda"),
+            generator=torch.Generator(),  # drawing from the default one would disturb a resume
+        )
+        start_workers(loader)
+        loaders.append(loader)
     return loaders
 
 
-def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict]:
-    """The plain model, and what rebuilds it. Sets args.input_size, mean and std as published."""
-    args.mean, args.std = MEAN, STD
+def start_workers(loader: DataLoader) -> None:
+    """Fork them now: a fork beside the threads of a process group may stand still. They stay."""
+    positions, loader.sampler.positions = loader.sampler.positions, range(0)  # an empty epoch
+    gc.freeze()  # else a worker's first full collection copies what it shares with us
+    if loader.num_workers:
+        iter(loader)
+    loader.sampler.positions = positions
+
+
+# ---- The model -----------------------------------------------------------------------------------
+
+
+def build_model(args: argparse.Namespace, outputs: int, labels: bool) -> tuple[nn.Module, dict]:
+    """The plain model, and what it was found to need: "rebuild", its images' "input_size", "mean"
+    and "std", "init": of --init; "parts" of an image that --mae may hide."""
     torch.manual_seed(args.seed)
-    names = torchvision.models.list_models(module=torchvision.models)
-    if args.arch in names:
-        model, rebuild = build_torchvision(args, num_classes)
+    if args.arch in torchvision.models.list_models(module=torchvision.models) and not args.mae:
+        model, found = build_torchvision(args.arch, outputs, args.pretrained, args.input_size)
+        if args.drop_path:
+            add_drop_path(model, args.arch, args.drop_path)
     elif "/" in args.arch or os.path.isdir(args.arch):
-        model, rebuild = build_transformers(args, num_classes)
+        model, found = build_transformers(args, outputs, labels)
     else:
-        raise SystemExit(f"--arch {args.arch}: torchvision has no such classifier")
+        what = (
+            "masked auto-encoder: name transformers' Hiera or ViTMAE" if args.mae else "classifier"
+        )
+        raise SystemExit(f"--arch {args.arch}: torchvision has no such {what}")
+    found = {"mean": MEAN, "std": STD} | found
     if args.init:
-        load_init(model, args)
-    if args.drop_path:
-        add_drop_path(model, args.arch, args.drop_path)
-    freeze_unused(model, args)
-    return model, rebuild
-
-
-def build_transformers(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict]:
-    auto = transformers.AutoModelForImageClassification
+        found |= load_init(model, args.init)
+    size = found["input_size"]
     try:
-        config = transformers.AutoConfig.from_pretrained(args.arch, num_labels=num_classes)
-        size = getattr(getattr(config, "vision_config", config), "image_size", 224)
-        args.input_size = args.input_size or (size if isinstance(size, int) else size[0])
-        if not args.pretrained:
-            return auto.from_config(config), {"config": config.to_dict()}
-        model = auto.from_pretrained(args.arch, config=config, ignore_mismatched_sizes=True)
-        images = transformers.AutoImageProcessor.from_pretrained(args.arch)
-        args.mean, args.std = list(images.image_mean), list(images.image_std)
-    except (OSError, ValueError, AttributeError) as error:
-        raise SystemExit(f"--arch {args.arch}: no classifier: {first_line(error)}") from error
-    return model, {"config": model.config.to_dict()}
+        with torch.no_grad():
+            output = model.eval()(torch.zeros(1, 3, size, size))
+    except Exception as error:
+        sentence = f"--arch {args.arch} does not take images of {size} pixels"
+        raise SystemExit(f"{sentence}: {first_line(error)}") from error
+    return model, found | {"parts": output.ids_restore.shape[1] if args.mae else 0}
 
 
-def build_torchvision(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict]:
-    weights = torchvision.models.get_model_weights(args.arch).DEFAULT
+def build_torchvision(arch: str, num_classes: int, pretrained: bool, size: int | None) -> tuple:
+    weights = torchvision.models.get_model_weights(arch).DEFAULT
     preset, kwargs = weights.transforms(), {}
-    args.input_size = args.input_size or preset.crop_size[0]
-    if args.arch.startswith("vit_"):  # vit_h_14 was published with another size than its default
-        kwargs["image_size"] = args.input_size
-    elif args.arch in ("googlenet", "inception_v3"):  # no auxiliary heads
-        kwargs = {"aux_logits": False, "init_weights": not args.pretrained}
-        kwargs["transform_input"] = args.pretrained
+    size = size or preset.crop_size[0]
+    if arch.startswith("vit_"):  # vit_h_14 was published with another size than its default
+        kwargs["image_size"] = size
+    elif arch in ("googlenet", "inception_v3"):  # no auxiliary heads
+        kwargs = {"aux_logits": False, "init_weights": not pretrained}
+        kwargs["transform_input"] = pretrained
+    found = {"rebuild": {"kwargs": kwargs}, "input_size": size}
     try:
-        model = torchvision.models.get_model(args.arch, num_classes=num_classes, **kwargs)
-        if args.pretrained:
-            args.mean, args.std = preset.mean, preset.std
-            state = torchvision.models.get_model(args.arch, weights=weights).state_dict()
+        model = torchvision.models.get_model(arch, num_classes=num_classes, **kwargs)
+        if pretrained:
+            found |= {"mean": preset.mean, "std": preset.std}
+            state = torchvision.models.get_model(arch, weights=weights).state_dict()
             if "image_size" in kwargs:
                 resize = torchvision.models.vision_transformer.interpolate_embeddings
-                state = resize(args.input_size, model.patch_size, state)
+                state = resize(size, model.patch_size, state)
             load_fitting(model, state)
-    except (ValueError, AssertionError, OSError) as error:
-        what = f"--arch {args.arch} with --input-size {args.input_size} cannot be had"
+    except Exception as error:  # a size, a download, a damaged file
+        what = f"--arch {arch} with --input-size {size} cannot be had"
         raise SystemExit(f"{what}: {first_line(error)}") from error
-    return model, {"kwargs": kwargs}
+    return model, found
 
 
-def load_fitting(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
+def build_transformers(args: argparse.Namespace, outputs: int, labels: bool) -> tuple:
+    """In float32, whatever its weights were saved in. A CLIP without labels is its tower with the
+    class token's projection, as wide as the texts; all others are classifiers."""
+    auto, found = transformers.AutoModelForImageClassification, {}
+    try:
+        config = transformers.AutoConfig.from_pretrained(args.arch, num_labels=outputs)
+        if args.mae:
+            auto = transformers.AutoModelForPreTraining
+        elif not labels and config.model_type in ("clip", "clip_vision_model"):
+            auto = transformers.CLIPVisionModelWithProjection
+            config = getattr(config, "vision_config", config)
+            config.projection_dim = outputs
+        adapt_config(config, args)
+        if args.pretrained:
+            options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+            options |= {"config": config, "dtype": torch.float32}
+            model, loaded = auto.from_pretrained(args.arch, **options)
+            fresh = [*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])]
+            tell_fresh("--pretrained", sorted(fresh))
+            images = transformers.AutoImageProcessor.from_pretrained(args.arch)
+            found = {"mean": list(images.image_mean), "std": list(images.image_std)}
+        else:
+            build = getattr(auto, "from_config", None) or auto._from_config
+            model = build(config, dtype=torch.float32)
+    except Exception as error:  # a package, a file, a configuration
+        what = "masked auto-encoder" if args.mae else "classifier"
+        raise SystemExit(f"--arch {args.arch}: no {what}: {first_line(error)}") from error
+    size = getattr(getattr(config, "vision_config", config), "image_size", 224)
+    found["input_size"] = args.input_size or (size if isinstance(size, int) else size[0])
+    found["rebuild"] = {"class": type(model).__name__, "config": model.config.to_dict()}
+    return model.float(), found
+
+
+def adapt_config(config: transformers.PreTrainedConfig, args: argparse.Namespace) -> None:
+    """Set in it what --mae, its absence and --drop-path want. ValueError where that cannot be."""
+    if args.mae:
+        if not hasattr(config, "mask_ratio"):
+            raise ValueError(f"{config.model_type} hides no part of an image; Hiera and ViTMAE do")
+        for name, value in config.to_dict().items():
+            if name.startswith("decoder_") and value is None:
+                raise ValueError(f"its configuration lacks {name}")
+    elif config.model_type == "hiera" and config.num_query_pool == 2:
+        config.num_query_pool = 3
+        print("num_query_pool is 3, as classification wants it, not 2, as an auto-encoder does")
+    if args.drop_path:
+        if not hasattr(config, "drop_path_rate"):
+            raise ValueError("it has no stochastic depth: pass --drop-path 0")
+        config.drop_path_rate = args.drop_path
+
+
+def load_fitting(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
     """Load all tensors whose name and shape fit; names of the others. ValueError if none fits."""
     own = model.state_dict()
     fitting = {name: x for name, x in state.items() if name in own and x.shape == own[name].shape}
@@ -516,16 +658,19 @@ def load_fitting(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
     return [name for name in own if name not in fitting]
 
 
-def load_init(model: nn.Module, args: argparse.Namespace) -> None:
-    """Start from another run's weights, and with its normalisation of images."""
+def tell_fresh(option: str, names: list[str]) -> None:
+    print(f"{option}: all weights but {len(names)}: {', '.join(names)[:300]}")
+
+
+def load_init(model: nn.Module, file: str) -> dict:
+    """Start from another run's weights, with its normalisation of images; its settings."""
     try:
-        state = torch.load(args.init, map_location="cpu", weights_only=True)
-        args.mean, args.std, args.init_seed = state["mean"], state["std"], state["settings"]["seed"]
-        args.init_settings = state["settings"] | {"epoch": state["epoch"], "seed": None}
-        fresh = load_fitting(model, state["model"])
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        tell_fresh(f"--init {file}", load_fitting(model, state["model"]))
+        init = state["settings"] | {"epoch": state["epoch"]}
+        return {"mean": state["mean"], "std": state["std"], "init": init}
     except Exception as error:  # a pickle of code may raise anything
-        raise SystemExit(f"--init {args.init}: {first_line(error)}") from error
-    print(f"--init {args.init}: all weights but {len(fresh)}: {', '.join(fresh)[:300]}")
+        raise SystemExit(f"--init {file}: {first_line(error)}") from error
 
 
 def add_drop_path(model: nn.Module, arch: str, rate: float) -> None:
@@ -542,23 +687,6 @@ def add_drop_path(model: nn.Module, arch: str, rate: float) -> None:
         depth.p = rate * i / max(1, len(depths) - 1)
 
 
-def freeze_unused(model: nn.Module, args: argparse.Namespace) -> None:
-    """Freeze what classification does not use (a mask token, say), and DDP would wait for: a step
-    on black images tells, and whether the architecture takes this input size."""
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
-    try:
-        output = model.train()(torch.zeros(2, 3, args.input_size, args.input_size))
-        getattr(output, "logits", output).sum().backward()
-    except Exception as error:
-        sentence = f"does not take images of {args.input_size} pixels"
-        raise SystemExit(f"--arch {args.arch} {sentence}: {first_line(error)}") from error
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-        parameter.grad = None
-
-
 def last_layer(model: nn.Module, num_classes: int) -> nn.Module:
     """The classifier g: the last layer, linear or a 1x1 convolution, with an output per class."""
     for module in reversed(list(model.modules())):
@@ -569,35 +697,29 @@ def last_layer(model: nn.Module, num_classes: int) -> nn.Module:
 
 
 class Aligned(nn.Module):
-    """The plain model with the head h on the input of its last layer (without classes: no h), and
-    the text adapter, if any: images [n, 3, S, S], texts [n, D] -> logits [n, K], image and text
-    features [n, D] (of length 1, float32; None without the embeddings' `width`), tau."""
+    """The plain model with the head h on the input of `layer`, the last one (without classes: no
+    h), and the text adapter, if any: images [n, 3, S, S], texts [n, D] -> logits [n, K], image and
+    text features [n, D] (of length 1, float32; None without a `temperature`), tau. Of a masked
+    auto-encoder: its error, in the logits' place, where the texts are what to hide."""
 
-    def __init__(self, model: nn.Module, num_classes: int, args, width: int | None):
+    def __init__(self, model, layer=None, projection=None, adapter=None, temperature=None):
         super().__init__()
-        self.model, self.projection, self.adapter, self.width = model, None, None, width
-        if width is None:
-            return
-        if num_classes:
-            layer = last_layer(model, num_classes)
-            channels = getattr(layer, "in_features", None) or layer.in_channels
-            batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-            self.projection = projection_head(args.projection, channels, width, batch_norm)
+        self.model, self.projection, self.adapter = model, projection, adapter
+        self.log_temperature = None
+        if temperature is not None:
+            self.log_temperature = nn.Parameter(torch.tensor(temperature).log())
+        if projection:
             layer.register_forward_pre_hook(self.keep_features)
-        self.adapter = text_adapter(width) if args.text_adapter == "mlp" else None
-        log_temperature = torch.tensor(args.temperature).log()
-        self.log_temperature = nn.Parameter(log_temperature, requires_grad=args.learn_temperature)
 
     def keep_features(self, layer: nn.Module, inputs: tuple) -> None:
         if layer.training:  # not in validation
             self.features = inputs[0]
 
-    def forward(self, images: torch.Tensor, texts: torch.Tensor):
-        output = self.model(images)
-        logits = getattr(output, "logits", output)
-        if self.width is None:
+    def forward(self, images: Tensor, texts: Tensor, mae: bool = False):
+        output = self.model(images, noise=texts) if mae else self.model(images)
+        logits = features = first_of(output)
+        if self.log_temperature is None:
             return logits, None, None, None
-        features = logits
         if self.projection:
             features, self.features = self.features, None
             features = features.flatten(2).mean(2) if features.ndim == 4 else features  # [n, C]
@@ -605,6 +727,11 @@ class Aligned(nn.Module):
         texts = self.adapter(texts) if self.adapter else texts
         features, texts = F.normalize(features.float(), dim=1), F.normalize(texts.float(), dim=1)
         return logits, features, texts, self.log_temperature.exp()
+
+
+def first_of(output: object) -> Tensor:
+    """Of any model: logits [n, K], an embedding [n, D], or an auto-encoder's error."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def projection_head(kind: str, width: int, text_width: int, batch_norm: bool) -> nn.Module:
@@ -620,7 +747,7 @@ def projection_head(kind: str, width: int, text_width: int, batch_norm: bool) ->
 
 
 class ResidualBlock(nn.Sequential):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
 
 
@@ -633,28 +760,80 @@ def text_adapter(width: int) -> nn.Module:
     return nn.Sequential(*blocks, nn.LayerNorm(width), nn.Linear(width, width))
 
 
+def add_heads(args, model: nn.Module, num_classes: int, width: int | None) -> Aligned:
+    """The model with head and adapter; `heads`: their arguments, of which evaluate.py rebuilds."""
+    heads, parts, layer = {"projection": None, "adapter": None}, {}, None
+    if width and num_classes:
+        layer = last_layer(model, num_classes)
+        heads["projection"] = {
+            "kind": args.projection,
+            "width": getattr(layer, "in_features", None) or layer.in_channels,
+            "text_width": width,
+            "batch_norm": any(isinstance(module, nn.BatchNorm2d) for module in model.modules()),
+        }
+        parts["projection"] = projection_head(**heads["projection"])
+    if width and args.text_adapter == "mlp":
+        heads["adapter"] = {"width": width}
+        parts["adapter"] = text_adapter(width)
+    net = Aligned(model, layer, temperature=args.temperature if width else None, **parts)
+    net.heads = heads
+    if width:
+        net.log_temperature.requires_grad_(args.learn_temperature)
+    if args.batch_size == 1 and any(isinstance(module, nn.BatchNorm1d) for module in net.modules()):
+        raise SystemExit("-b 1: the head's batch norm needs two images, or --projection linear")
+    return net
+
+
+@torch.no_grad()
+def reconstruct(model: nn.Module, images: Tensor) -> Tensor:
+    """Images [n, 3, S, S] -> [n, 3, S, 3 S]: as they are, as the auto-encoder sees them, and with
+    the hidden patches that it predicts (if it was taught normalised ones: at the true contrast)."""
+    torch.manual_seed(0)
+    output = model.eval()(images)
+    hidden = output.mask.bool() if "mask" in output else ~output.bool_masked_pos  # [n, L]
+    n, _, size, _ = images.shape
+    grid = round(hidden.shape[1] ** 0.5)
+    side = size // grid
+    patches = images.unfold(2, side, side).unfold(3, side, side)  # [n, 3, grid, grid, side, side]
+    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # [n, L, 3, side, side]
+    guess = output.logits.float()
+    if hasattr(model, "unpatchify"):  # ViTMAE has the channels last
+        guess = guess.view(n, -1, side, side, 3).permute(0, 1, 4, 2, 3)
+    guess = guess.reshape(patches.shape)
+    if getattr(model.config, "normalize_pixel_loss", getattr(model.config, "norm_pix_loss", False)):
+        deviation, mean = torch.std_mean(patches, (2, 3, 4), keepdim=True)
+        guess = guess * deviation + mean
+    hidden = hidden[..., None, None, None]
+    shown = [patches, patches.masked_fill(hidden, 0), torch.where(hidden, guess, patches)]
+    rows = torch.cat([x.view(n, grid, grid, 3, side, side) for x in shown], 2)
+    return rows.permute(0, 3, 1, 4, 2, 5).reshape(n, 3, size, 3 * size)
+
+
+# ---- The losses ----------------------------------------------------------------------------------
+
+
 class AllGather(torch.autograd.Function):
     """[n, ...] of every process -> [W*n, ...]; backward adds up what all of them want of a row."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x.detach().contiguous())
         ctx.rows = slice(dist.get_rank() * len(x), (dist.get_rank() + 1) * len(x))
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+    def backward(ctx, grad: Tensor) -> Tensor:
         grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may use it elsewhere
         dist.all_reduce(grad)
         return grad[ctx.rows]
 
 
-def gather(x: torch.Tensor) -> torch.Tensor:
+def gather(x: Tensor) -> Tensor:
     return AllGather.apply(x) if dist.is_initialized() else x
 
 
-def global_mean(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def global_mean(losses: Tensor, counts: Tensor) -> Tensor:
     """Mean of losses [n] where counts [n] is true, over all processes: W times the local sum / the
     global count, since DDP averages the gradients of the W processes afterwards."""
     count, world = counts.float().sum(), 1
@@ -664,13 +843,13 @@ def global_mean(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     return world * (losses * counts).sum() / count.clamp(min=1)
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing=0.0) -> torch.Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing=0.0) -> Tensor:
     """Mean over labelled images, in float32. logits [n, K], labels [n] (-1: none)."""
     options = {"ignore_index": -1, "label_smoothing": smoothing, "reduction": "none"}
     return global_mean(F.cross_entropy(logits.float(), labels, **options), labels >= 0)
 
 
-def info_nce(queries, keys, has_text, all_have, temperature) -> torch.Tensor:
+def info_nce(queries, keys, has_text, all_have, temperature) -> Tensor:
     """-log softmax of each query's own key, over the keys of all processes that take part.
     queries [n, D] of this process, keys [W*n, D], has_text [n], all_have [W*n]."""
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -679,13 +858,15 @@ def info_nce(queries, keys, has_text, all_have, temperature) -> torch.Tensor:
     return global_mean(F.cross_entropy(logits, own, reduction="none"), has_text)
 
 
-def alignment_loss(kind: str, images, texts, has_text, temperature=0.2) -> torch.Tensor:
+def alignment_loss(kind: str, images, texts, has_text, temperature=0.2) -> Tensor:
     """L_align of unit vectors images [n, D] and texts [n, D]; pairs without a text (has_text [n],
-    bool) take no part at all.
+    bool) take no part at all. In one process, with a text for each image, it is
 
-    cosine   mean_i (2 - 2 i_i . t_i)                                (`byol` in the official code)
-    infonce  image -> text InfoNCE over the batch of all processes   (`ctr`)
-    clip     (image -> text + text -> image) / 2                     (`clip`)
+        cosine   (2 - 2 * (images * texts).sum(1)).mean()          (`byol` in the official code)
+        infonce  cross_entropy(images @ texts.T / temperature, arange(n))                (`ctr`)
+        clip     (infonce + cross_entropy(texts @ images.T / temperature, arange(n))) / 2
+
+    and in several the same of the batch of all, with the gradients of one.
     """
     if kind == "cosine":
         return global_mean(2 - 2 * (images * texts).sum(1), has_text)
@@ -697,7 +878,7 @@ def alignment_loss(kind: str, images, texts, has_text, temperature=0.2) -> torch
     return (image_to_text + text_to_image) / 2
 
 
-def mix_images(images: torch.Tensor, args, rng: np.random.Generator) -> tuple[torch.Tensor, float]:
+def mix_images(images: Tensor, args, rng: np.random.Generator) -> tuple[Tensor, float]:
     """Mixup or CutMix of images [n, 3, S, S] with the reversed batch, and lam, their own share."""
     if not (args.mixup or args.cutmix):
         return images, 1.0
@@ -715,84 +896,133 @@ def mix_images(images: torch.Tensor, args, rng: np.random.Generator) -> tuple[to
     return pasted, 1 - (bottom - top) * (right - left) / size**2
 
 
-def mixed(loss: Callable, lam: float, *targets: torch.Tensor) -> torch.Tensor:
+def mixed(loss: Callable, lam: float, *targets: Tensor) -> Tensor:
     """lam * loss(an image's own targets) + (1 - lam) * loss(those of its partner)."""
     if lam == 1:
         return loss(*targets)
     return lam * loss(*targets) + (1 - lam) * loss(*(target.flip(0) for target in targets))
 
 
-def prepare(args, model: nn.Module, num_classes: int, width: int | None) -> SimpleNamespace:
-    """What is trained, and with what: the model with the head on it (`net`), DDP around it (`ddp`),
-    its average (`ema`), ...; `parts` are what a checkpoint saves and a resume restores."""
-    cuda = args.device.startswith("cuda")
+# ---- The optimisation ----------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What is trained, and with what."""
+
+    net: Aligned
+    ddp: nn.Module  # `net`, in DDP if there are several processes
+    ema: nn.Module | None  # the plain model, with averaged weights
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    amp: torch.dtype | None
+    mean: Tensor  # of pixels from 0 to 255
+    std: Tensor
+
+    def load(self, state: dict) -> None:
+        """Go on from a checkpoint of save_epoch()."""
+        for name in "net", "ema", "optimizer", "scaler":
+            if getattr(self, name) is not None:
+                getattr(self, name).load_state_dict(state[name])
+
+
+def prepare(args, model: nn.Module, num_classes: int, width: int | None, found: dict) -> Run:
+    device = torch.device(args.device)
     amp = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(args.amp)
-    if args.amp == "auto" and cuda:
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        amp = torch.bfloat16 if native else torch.float16
-    model.to(args.device, memory_format=torch.channels_last)
-    ema = None
-    if args.ema_decay:
-        average = get_ema_multi_avg_fn(args.ema_decay)
-        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32
+        if args.amp == "auto":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            amp = torch.bfloat16 if native else torch.float16
+    model.to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else None
     torch.manual_seed(args.seed)
-    net = ddp = Aligned(model, num_classes, args, width).to(args.device)
+    net = ddp = add_heads(args, model, num_classes, width).to(device)
     if args.compile:
         model.compile()
-    if args.world_size > 1:
-        ddp = DistributedDataParallel(net)
-    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=amp is torch.float16)
-    optimizer = make_optimizer(net, args, amp)
-    parts = {"net": net, "optimizer": optimizer, "scaler": scaler}
-    parts |= {"ema_state": ema} if ema else {}
-    mean, std = 255 * torch.tensor([args.mean, args.std], device=args.device).view(2, 3, 1, 1)
-    return SimpleNamespace(**parts, ddp=ddp, ema=ema, amp=amp, mean=mean, std=std, parts=parts)
+    if args.world_size > 1:  # static: what no loss depends on, a mask token say, is found once
+        ddp = DistributedDataParallel(net, static_graph=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+    mean, std = 255 * torch.tensor([found["mean"], found["std"]], device=device).view(2, 3, 1, 1)
+    return Run(net, ddp, ema, make_optimizer(net, args, amp), scaler, amp, mean, std)
 
 
 def make_optimizer(net: nn.Module, args, amp: torch.dtype | None) -> torch.optim.Optimizer:
-    """Without --decay-norms, vectors, position embeddings and class tokens are not decayed."""
-    tokens = "pos_embed", "position", "class_token", "cls_token"
-    decayed, spared = [], []
+    """A group for each weight decay and, with --layer-decay, depth: its "scale" is of the rate.
+    Without --decay-norms, vectors, position embeddings and class tokens are not decayed."""
+    tokens, parameters = ("pos_embed", "position", "class_token", "cls_token"), {}
+    scales = layer_scales(net.model, args.layer_decay) if args.layer_decay < 1 else {}
     for name, parameter in net.named_parameters():
         small = parameter.ndim == 1 or any(token in name for token in tokens)
         spare = parameter.ndim == 0 or (small and not args.decay_norms)
+        group = scales.get(name.removeprefix("model."), 1.0), 0.0 if spare else args.weight_decay
         if parameter.requires_grad:
-            (spared if spare else decayed).append(parameter)
-    groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
-    options = {"lr": args.lr, "weight_decay": args.weight_decay}
+            parameters.setdefault(group, []).append(parameter)
+    groups = [
+        {"params": several, "scale": scale, "weight_decay": decay}
+        for (scale, decay), several in parameters.items()
+    ]
+    fused = True if args.device.startswith(("cpu", "cuda")) else None
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=True, **options)
+        return torch.optim.AdamW(groups, args.lr, betas=(0.9, args.beta2), fused=fused)
     # torch 2.14: fused momentum starts from garbage if GradScaler skips the first step
-    return torch.optim.SGD(groups, momentum=0.9, fused=amp is not torch.float16, **options)
+    fused = None if amp is torch.float16 else fused
+    return torch.optim.SGD(groups, args.lr, momentum=0.9, fused=fused)
+
+
+def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """{parameter: decay^(n + 1 - k)}: k is 0 before the n transformer blocks, i in the i-th and up
+    to the next, n + 1 behind the last. Blocks: the innermost members of lists of modules that hold
+    an attention."""
+    modules, blocks, depth, scales = dict(model.named_modules()), [], 0, {}
+    for name, module in modules.items():
+        listed = isinstance(modules.get(name.rpartition(".")[0]), nn.ModuleList | nn.Sequential)
+        if listed and any("Attention" in type(part).__name__ for part in module.modules()):
+            blocks = [block for block in blocks if not name.startswith(f"{block}.")] + [name]
+    if not blocks:
+        raise SystemExit("--layer-decay: this architecture has no transformer blocks")
+    for name, _ in model.named_parameters():
+        inside = [k for k, block in enumerate(blocks, 1) if name.startswith(f"{block}.")]
+        depth = inside[0] if inside else depth
+        behind = depth == len(blocks) and not inside
+        scales[name] = decay ** (len(blocks) + 1 - depth - behind)
+    return scales
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
-    """Per epoch: linear from warmup_lr to lr, then a cosine to min_lr."""
+    """Per epoch: linear from 1e-6 to lr, then a cosine to min_lr."""
     if epoch < args.warmup_epochs:
-        start = min(args.lr, args.warmup_lr)
+        start = min(args.lr, 1e-6)
         return start + (args.lr - start) * epoch / args.warmup_epochs
     part = (epoch - args.warmup_epochs) / max(1, args.epochs - args.warmup_epochs)
     return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * part)) / 2
 
 
-def normalise(images: torch.Tensor, run: SimpleNamespace) -> torch.Tensor:
+def normalise(images: Tensor, run: Run) -> Tensor:
     """uint8 [n, S, S, 3] -> float32 [n, 3, S, S], channels-last; mean and std are of 0 to 255."""
     images = images.to(run.mean.device, non_blocking=True).permute(0, 3, 1, 2)
     return (images.float() - run.mean) / run.std
 
 
-def train_step(args, run: SimpleNamespace, images, labels, texts, rng) -> torch.Tensor:
-    """One step on images [n, 3, S, S], labels [n], texts [n, D]; [CE, L_align, hits, labelled]."""
+def train_step(args, run: Run, images: Tensor, labels: Tensor, texts: Tensor, rng) -> Tensor:
+    """One step on images [n, 3, S, S], labels [n], texts [n, D]; [CE (or an auto-encoder's error),
+    L_align, hits, labelled]. Nothing in it waits for a GPU."""
     images, lam = mix_images(images, args, rng)
     with torch.autocast(images.device.type, run.amp, enabled=run.amp is not None):
-        logits, features, targets, tau = run.ddp(images, texts)
-    loss_ce = mixed(lambda y: cross_entropy(logits, y, args.label_smoothing), lam, labels)
-    loss_align = torch.zeros_like(loss_ce)
+        logits, features, targets, tau = run.ddp(images, texts, args.mae)
+    if args.mae:
+        loss = global_mean(logits.float().expand(len(labels)), labels >= 0)
+        hits = torch.zeros_like(loss)
+    else:
+        loss = mixed(lambda y: cross_entropy(logits, y, args.label_smoothing), lam, labels)
+        hits = (logits.argmax(1) == labels).sum()
+    loss_align, weight = torch.zeros_like(loss), args.align_weight if run.net.projection else 1.0
     if features is not None:
         align = functools.partial(alignment_loss, args.align_loss, features, temperature=tau)
         loss_align = mixed(align, lam if args.mix_text else 1.0, targets, texts.any(1))
     run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss_ce + args.align_weight * loss_align).backward()
+    run.scaler.scale(loss + weight * loss_align).backward()
     if args.clip_grad:
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.net.parameters(), args.clip_grad)
@@ -802,214 +1032,217 @@ def train_step(args, run: SimpleNamespace, images, labels, texts, rng) -> torch.
         if args.learn_temperature:
             run.net.log_temperature.clamp_(min=math.log(0.01))  # as CLIP does
         if run.ema:
-            run.ema.update_parameters(run.net.model)
-            for name, buffer in run.ema.module.named_buffers():
-                if not buffer.is_floating_point():  # the average of a counter means nothing
-                    buffer.copy_(run.net.model.get_buffer(name))
-        hits = (logits.argmax(1) == labels).sum()
-        return torch.stack([loss_ce, loss_align, hits, (labels >= 0).sum()])
+            torch._foreach_lerp_(floats(run.ema), floats(run.net.model), 1 - args.ema_decay)
+        return torch.stack([loss, loss_align, hits, (labels >= 0).sum()])
 
 
-def train_epoch(args, run: SimpleNamespace, loader: DataLoader, epoch: int) -> dict:
+def floats(model: nn.Module) -> list[Tensor]:
+    """Parameters and running statistics, without counters, whose average means nothing."""
+    return [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
+
+
+def train_epoch(args, run: Run, loader: DataLoader, epoch: int) -> dict:
     """One epoch, from 0 on; its log entry. Python waits for a GPU every 50 steps only."""
     run.net.train()
     loader.sampler.epoch = epoch
-    stream, rate = args.seed * 10_007 + epoch, learning_rate(args, epoch)
-    torch.manual_seed(stream * 10_007 + args.rank)  # dropout: a resumed epoch draws the same
+    stream, rate = args.seed * EPOCHS_APART + epoch, learning_rate(args, epoch)
+    torch.manual_seed(stream * EPOCHS_APART + args.rank)  # dropout: a resumed epoch draws the same
     rng = np.random.default_rng(stream)  # mixing: all processes draw the same
     for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    device, unreadable, wait = torch.device(args.device), set(), 0.0
-    finished = torch.cuda.Event() if device.type == "cuda" else None
+        group["lr"] = rate * group["scale"]
+    device, unreadable, start = run.mean.device, set(), time.perf_counter()
     bar = tqdm(total=len(loader), unit="step", leave=False, mininterval=1, disable=args.rank > 0)
-    sums, start = torch.zeros(4, device=device), time.perf_counter()
-    tick = start
-    for step, (images, labels, texts, failed) in enumerate(loader, 1):
-        if finished is None or finished.query():  # while the GPU still works, nothing is lost
-            wait += time.perf_counter() - tick
-        unreadable.update(failed[failed >= 0].tolist())  # on the CPU: no synchronisation
+    sums = torch.zeros(4, device=device)
+    for step, (images, labels, texts, reasons) in enumerate(loader, 1):
+        unreadable.update(filter(None, reasons))
+        if args.mae and labels.min() < 0:  # its error is of a whole batch: leave these out
+            kept = labels >= 0 if labels.max() >= 0 else torch.arange(len(labels)) < 1
+            images, labels, texts = images[kept], labels[kept], texts[kept]
         labels, texts = labels.to(device, non_blocking=True), texts.to(device, non_blocking=True)
         sums += train_step(args, run, normalise(images, run), labels, texts, rng)
         bar.update()
         if step % 50 == 0 or step == len(loader):
-            ce, align = finite_losses(sums, step, epoch, args)
-            bar.set_postfix_str(f"CE {ce:.3f} align {align:.3f}", refresh=False)
-        if finished:
-            finished.record()
-        tick = time.perf_counter()
+            loss, align, hits, labelled = (global_sum(sums) / step / args.world_size).tolist()
+            numbers = f"loss {loss:.4g}, alignment {align:.4g}"
+            where = f"in the 50 steps up to step {step} of epoch {epoch + 1}"
+            stop_unless(math.isfinite(loss + align), f"the loss {where} ({numbers})", args)
+            bar.set_postfix_str(numbers, refresh=False)
     bar.close()
-    seconds, (_, _, hits, labelled) = time.perf_counter() - start, global_sum(sums).tolist()
-    speed = len(loader) * args.batch_size * args.world_size / seconds
+    seconds, seen = time.perf_counter() - start, len(loader) * args.batch_size * args.world_size
+    lost = report_unreadable(unreadable)
+    if lost * args.repeated_aug >= seen:
+        raise SystemExit("no training image can be read")
+    weights = [parameter.isfinite().all() for parameter in run.net.parameters()]
+    stop_unless(bool(torch.stack(weights).all()), f"a weight after epoch {epoch + 1}", args)
     entry = {"epoch": epoch + 1, "lr": rate}
-    entry |= {"loss_ce": ce, "train_top1": 100 * hits / labelled} if labelled else {}
-    entry |= {"loss_align": align} if args.embeddings else {}
-    return entry | {"images_per_s": speed, "data_wait": wait / seconds, "unreadable": unreadable}
+    if args.mae:
+        entry["loss_mae"] = loss
+    elif labelled:
+        entry |= {"loss_ce": loss, "train_top1": 100 * hits / labelled}
+    if args.embeddings:
+        entry |= {"loss_align": align, "tau": run.net.log_temperature.exp().item()}
+    return entry | {"images_per_s": seen / seconds, "unreadable": lost}
 
 
-def global_sum(x: torch.Tensor) -> torch.Tensor:
+def global_sum(x: Tensor) -> Tensor:
     if dist.is_initialized():
         x = x.clone()
         dist.all_reduce(x)
     return x
 
 
-def finite_losses(sums: torch.Tensor, step: int, epoch: int, args) -> tuple[float, float]:
-    """Mean CE and L_align over all processes; if they are not finite, all stop."""
-    ce, align = (global_sum(sums)[:2] / step / args.world_size).tolist()
-    if not math.isfinite(ce + align):
-        where = f"in the 50 steps up to step {step} of epoch {epoch + 1}"
-        what = f"the loss is not finite {where} (CE {ce:.4g}, alignment {align:.4g})"
-        raise SystemExit(f"{what}: {args.out}/last.pt stays. {NOT_FINITE}")
-    return ce, align
+def stop_unless(finite: bool, what: str, args: argparse.Namespace) -> None:
+    """All processes have the same numbers: all stop, before they are saved."""
+    if not finite:
+        advice = "try a smaller --lr, --clip-grad 1 or --amp bfloat16"
+        raise SystemExit(f"{what} is not finite: {args.out}/last.pt stays as it was; {advice}")
 
 
 @torch.inference_mode()
-def validate(run: SimpleNamespace, loader: DataLoader) -> float:
+def validate(run: Run, loader: DataLoader) -> float:
     """Top-1 in percent over all readable images, each counted once."""
-    model = run.net.model.eval()
+    model, unreadable = run.net.model.eval(), set()
     if dist.is_initialized():  # batch norm's statistics differ: process 0's are saved, and count
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    counts = torch.zeros(2, dtype=torch.float64, device=run.mean.device)
-    for images, labels, *_ in loader:
-        output = model(normalise(images, run))
+    counts = torch.zeros(2, dtype=torch.int64, device=run.mean.device)
+    for images, labels, _, reasons in loader:
+        unreadable.update(filter(None, reasons))
+        with torch.autocast(counts.device.type, run.amp, enabled=run.amp is not None):
+            logits = first_of(model(normalise(images, run)))
         labels = labels.to(counts.device, non_blocking=True)
-        hits = getattr(output, "logits", output).argmax(1) == labels
-        counts += torch.stack([hits.sum(), (labels >= 0).sum()])
+        counts += torch.stack([(logits.argmax(1) == labels).sum(), (labels >= 0).sum()])
+    report_unreadable(unreadable)
     hits, readable = global_sum(counts).tolist()
     return 100 * hits / max(1, readable)
 
 
-def settings_of(args, samples: list[tuple[str, int]], captions: Captions | None, amp) -> dict:
+# ---- The run -------------------------------------------------------------------------------------
+
+
+def settings_of(args, found: dict, keys: list[str], labels: list[int], text, amp) -> dict:
     """All that decides about the weights; evaluate.py groups runs by it."""
     free = ["data", "out", "captions", "embeddings", "device", "workers", "rank", "resume"]
-    free += ["compile", "val_every", "init"]  # but init_settings
+    free += ["compile", "val_every", "init"]  # but the settings of --init's run
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    images = "".join(f"{key_of(path, args.data)} {label}" for path, label in samples)
-    checksum = zlib.crc32(os.fsencode(images))
-    settings |= {"amp": str(amp), "text": captions.identity if captions else None}
-    return settings | {"images": f"{len(samples)} ({checksum:08x})"}
+    settings |= {name: found[name] for name in ("input_size", "mean", "std")}
+    init = found.get("init")
+    settings |= {
+        "init_settings": init and init | {"seed": None},
+        "init_seed": init and init["seed"],
+    }
+    checksum = zlib.crc32(os.fsencode(f"{keys} {labels}"))
+    return settings | {"amp": str(amp), "text": text, "images": f"{len(keys)} ({checksum:08x})"}
 
 
-def save(state: dict, file: str) -> None:
-    try:
-        torch.save(state, file + ".tmp")
-    except RuntimeError as error:  # what torch makes of a full disk
-        advice = "what was saved stays: start again with --resume"
-        sentence = f"cannot be written, is the disk full? ({first_line(error)}); {advice}"
-        raise SystemExit(f"{file}: {sentence}") from error
-    os.replace(file + ".tmp", file)
-
-
-def resume(args: argparse.Namespace, run: SimpleNamespace, settings: dict) -> dict:
-    """Restore the run; {"epoch", "best_top1", "log"}, of a new one if there is no checkpoint."""
+def resume(args: argparse.Namespace, run: Run, settings: dict) -> dict:
+    """Restore the run; {"epoch", "log"}, of a new one if there is no checkpoint."""
     os.makedirs(args.out, exist_ok=True)  # now, not after an epoch
-    last = os.path.join(args.out, "last.pt")
-    file = last if os.path.exists(last) or args.resume is True else args.resume
-    if not args.resume or (args.resume is True and not os.path.exists(last)):
-        versions = {m.__name__: m.__version__ for m in (torch, torchvision, transformers, np)}
-        log = [{"config": vars(args) | settings, "versions": str(versions)}]
-        return {"epoch": 0, "best_top1": -1.0, "log": log}
-    try:
-        state = torch.load(file, map_location=args.device, weights_only=True)
-        found, _ = state["settings"], state["net"]  # which best.pt lacks
-    except Exception as error:  # a pickle of code may raise anything
-        raise SystemExit(f"--resume {file}: not a last.pt, {first_line(error)}") from error
-    changed = [f"{k} {found.get(k)} -> {v}" for k, v in settings.items() if found.get(k) != v]
-    if changed:
-        raise SystemExit(f"--resume {file}: these settings differ: {'; '.join(changed)}")
-    for name, part in run.parts.items():
-        part.load_state_dict(state[name])
-    print(f"resuming {file} after epoch {state['epoch']} of {args.epochs}")
-    return {name: state[name] for name in ("epoch", "best_top1", "log")}
+    file = os.path.join(args.out, "last.pt")
+    versions = {m.__name__: m.__version__ for m in (torch, torchvision, transformers, np)}
+    progress = {"epoch": 0, "log": [{"config": vars(args) | settings, "versions": str(versions)}]}
+    if os.path.exists(file):  # parse_args() has seen to --resume
+        try:
+            state = torch.load(file, map_location=args.device, weights_only=True)
+            found = state["settings"]
+        except Exception as error:  # a pickle of code may raise anything
+            raise SystemExit(f"--resume: {file} is damaged: {first_line(error)}") from error
+        changed = [f"{k} {found.get(k)} -> {v}" for k, v in settings.items() if found.get(k) != v]
+        if changed:
+            raise SystemExit(f"--resume {file}: these settings differ: {'; '.join(changed)}")
+        run.load(state)
+        progress = {name: state[name] for name in progress}
+        print(f"resuming {file} after epoch {progress['epoch']} of {args.epochs}")
+    if dist.is_initialized():
+        epochs = [None] * args.world_size
+        dist.all_gather_object(epochs, progress["epoch"])
+        if len(set(epochs)) > 1:
+            found = f"processes found it after {sorted(set(epochs))} epochs"
+            raise SystemExit(f"--resume {file}: {found}: copy the latest one to all nodes")
+    return progress
 
 
-def save_epoch(args, run: SimpleNamespace, progress: dict, plain: dict) -> None:
-    """Print the epoch; write best.pt if it is the best one, the log, and last.pt."""
-    entry, model, folder = progress["log"][-1], run.net.model, args.out
-    figures = [f"{name} {x:.4g}" for name, x in entry.items() if isinstance(x, float)]
-    print(f"epoch {progress['epoch']}/{args.epochs}: {', '.join(figures)}")
-    plain = plain | {"model": model.state_dict(), "val_top1": entry.get("val_top1")}
-    plain |= {"ema": run.ema.module.state_dict() if run.ema else None, "epoch": progress["epoch"]}
-    for name in "projection", "adapter":
-        part = getattr(run.net, name)
-        plain[name] = part.state_dict() if part else None
-    if entry.get("val_top1", -1.0) > progress["best_top1"]:
-        progress["best_top1"] = entry["val_top1"]
-        save(plain | {"selected": "best epoch on the validation folder"}, f"{folder}/best.pt")
-    with open(f"{folder}/log.jsonl.tmp", "w", encoding="utf-8") as stream:
+def save_epoch(args, run: Run, progress: dict, about: dict) -> None:
+    """Write the log, and last.pt; `about`: what the run is of, from its start on."""
+    log, model = os.path.join(args.out, "log.jsonl"), run.net.model.state_dict()
+    with open(f"{log}.tmp", "w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(line) + "\n" for line in progress["log"])
-    os.replace(f"{folder}/log.jsonl.tmp", f"{folder}/log.jsonl")
-    parts = {name: part.state_dict() for name, part in run.parts.items()}
-    save(plain | {"selected": "last epoch"} | parts | progress, f"{folder}/last.pt")
+    os.replace(f"{log}.tmp", log)
+    counters = {name: value for name, value in model.items() if not value.is_floating_point()}
+    head, adapter = run.net.projection, run.net.adapter
+    state = {
+        **about,
+        **progress,
+        "selected": "last epoch",
+        "val_top1": progress["log"][-1].get("val_top1"),
+        "model": model,
+        "ema": run.ema.state_dict() | counters if run.ema else None,
+        "projection": head.state_dict() if head else None,
+        "adapter": adapter.state_dict() if adapter else None,
+        "net": run.net.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+    }
+    file = os.path.join(args.out, "last.pt")
+    try:
+        torch.save(state, f"{file}.tmp")
+    except RuntimeError as error:  # what torch makes of a full disk
+        sentence = f"cannot be written, is the disk full? ({first_line(error)})"
+        raise SystemExit(f"{file}: {sentence}; what was saved stays: --resume goes on") from error
+    os.replace(f"{file}.tmp", file)
 
 
-def start_process(args: argparse.Namespace) -> None:
+def save_reconstruction(run: Run, images: Images, file: str) -> None:
+    """Of eight images, in rows: cropped as in training, masked, and reconstructed."""
+    items = [images[i, 0] for i in range(0, len(images.paths), max(1, len(images.paths) // 8))]
+    batch = normalise(torch.stack([item[0] for item in items if item[1] >= 0][:8]), run)
+    rows = reconstruct(run.net.model, batch) * run.std + run.mean
+    torchvision.utils.save_image(rows / 255, file, nrow=1)
+    print(f"{file}: images, what the auto-encoder sees of them, and what it makes of it")
+
+
+def main() -> None:
+    args = parse_args()
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         # PR_SET_PDEATHSIG: no rank outlives a torchrun that is killed, writing beside its successor
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if args.rank > 0:
         sys.stdout = io.StringIO()  # print() is for process 0
-    if (
-        args.device == "cpu" and args.world_size == 1 and "OMP_NUM_THREADS" not in os.environ
-    ):  # one thread per core
+    if args.device == "cpu" and args.world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, available_cpus() - args.workers))
-
-
-def describe_run(args, model: nn.Module, classes, samples, val_samples, captions) -> None:
-    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    print(f"{args.arch}, {size:.2f} M parameters, {len(classes) or 'no'} classes, ", end="")
-    described = np.count_nonzero(np.diff(captions.starts)) if captions else 0
-    print(f"{len(samples)} training images ({described} with captions), {len(val_samples)} of val/")
-    print(f"batch {args.batch_size} x {args.world_size}, lr {args.lr:g}")
-    if captions and captions.foreign:
-        print(f"{captions.foreign} captions belong to no image of train/")
-
-
-def check_epoch(args, run: SimpleNamespace, unreadable: set[int], samples: list) -> int:
-    """Name the images that could not be read, and stop before bad weights are saved. How many."""
-    if dist.is_initialized():
-        parts = [None] * args.world_size
-        dist.all_gather_object(parts, unreadable)
-        unreadable = set().union(*parts)
-    if unreadable:
-        names = [repr(key_of(samples[i][0], args.data)) for i in sorted(unreadable)[:5]]
-        print(f"{len(unreadable)} unreadable images left out: {', '.join(names)}")
-    batch = args.batch_size * args.world_size
-    if len(unreadable) * args.repeated_aug >= len(samples) // batch * batch:
-        raise SystemExit("no training image can be read")
-    if not all(parameter.isfinite().all() for parameter in run.net.parameters()):
-        raise SystemExit(f"this epoch left weights that are not finite: not saved. {NOT_FINITE}")
-    return len(unreadable)
-
-
-def main() -> None:
-    args = parse_args()
-    start_process(args)
     classes, samples, val_samples = list_data(args)
-    captions, keys = None, (key_of(path, args.data) for path, _ in samples)
+    keys, captions = [key_of(path, args.data) for path, _ in samples], None
     if args.embeddings:
         shuffle = args.seed if args.shuffle_captions else None
         captions = Captions(args.captions, args.embeddings, keys, shuffle)
-    model, rebuild = build_model(args, len(classes) or captions.width)
-    describe_run(args, model, classes, samples, val_samples, captions)
-    loader, val_loader = make_loaders(args, samples, val_samples, captions)
+    width, text = (captions.width, captions.identity) if captions else (None, None)
+    model, found = build_model(args, len(classes) or width or 1, bool(classes))
+    count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"{args.arch}, {count:.2f} M parameters, {len(classes) or 'no'} classes, ", end="")
+    print(f"{len(samples)} training images, {len(val_samples)} of val/")
+    print(f"batch {args.batch_size} x {args.world_size}, lr {args.lr:g}")
+    loader, val_loader = make_loaders(args, samples, val_samples, captions, found)
     if args.world_size > 1:
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    run = prepare(args, model, len(classes), captions.width if captions else None)
-    settings = settings_of(args, samples, captions, run.amp)
-    plain = {"arch": args.arch, "rebuild": rebuild, "classes": classes, "settings": settings}
-    plain |= {name: getattr(args, name) for name in PREPROCESSING}
+    run = prepare(args, model, len(classes), width, found)
+    settings = settings_of(args, found, keys, [label for _, label in samples], text, run.amp)
+    about = {name: found[name] for name in ("rebuild", "input_size", "mean", "std")}
+    about |= {name: getattr(args, name) for name in ("arch", "crop_ratio", "interpolation")}
+    about |= {"classes": classes, "settings": settings, "heads": run.net.heads}
     progress = resume(args, run, settings)
     for epoch in range(progress["epoch"], args.epochs):
         entry = train_epoch(args, run, loader, epoch)
-        entry["unreadable"] = check_epoch(args, run, entry["unreadable"], samples)
-        if val_samples and ((epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs):
+        kept = (epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs
+        if kept and classes:
             entry["val_top1"] = validate(run, val_loader)
         progress["epoch"] = epoch + 1
         progress["log"].append(entry)
-        if args.rank == 0:
-            save_epoch(args, run, progress, plain)
+        figures = [f"{name} {x:.4g}" for name, x in entry.items() if isinstance(x, float)]
+        print(f"epoch {epoch + 1}/{args.epochs}: {', '.join(figures)}")
+        if kept and args.rank == 0:
+            save_epoch(args, run, progress, about)
+    if args.mae and args.rank == 0:
+        save_reconstruction(run, loader.dataset, f"{args.out}/reconstruction.png")
     print(f"{args.out}/last.pt: {args.epochs} epochs")
     if args.world_size > 1:
         dist.destroy_process_group()
@@ -1018,7 +1251,14 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:
-        raise SystemExit(f"{error.filename or 'train.py'}: {error.strerror or error}") from error
     except KeyboardInterrupt:
         raise SystemExit("interrupted; start again with --resume") from None
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"out of memory: try a smaller -b ({first_line(error)})") from error
+    except OSError as error:
+        raise SystemExit(f"{error.filename or 'train.py'}: {error.strerror or error}") from error
+    except RuntimeError as error:  # what torch makes of a loading process that dies
+        if not re.search("killed by signal|shared memory|/torch_", str(error)):
+            raise
+        advice = "more of it (docker run --shm-size=8g), or a smaller -j"
+        raise SystemExit(f"/dev/shm may be too small: {advice}; {first_line(error)}") from error

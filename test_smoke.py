@@ -10,6 +10,7 @@ Three parts follow: the toy (its world, its MLLM, its text encoder), the demo, t
 import base64
 import contextlib
 import functools
+import gc
 import http.server
 import importlib
 import inspect
@@ -498,8 +499,17 @@ def draw_zoo(folder: Path) -> list[str]:
     return os.listdir(folder)
 
 
+def private_memory() -> int:
+    """Bytes that this process shares with no other."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
 def lines_in(file: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 class Base(unittest.TestCase):
@@ -1953,6 +1963,281 @@ runpy.run_path({script!r}, run_name="__main__")"""
         self.assertEqual((one, sorted(one)), (same, straight))
         self.assertTrue(one != straight and one != two)
 
+    def test_rates_that_are_low_or_lacking(self):
+        """A cosine ends below where it began, warm-up takes half the epochs at most, and an
+        optimiser without a rate of the recipe wants --lr."""
+        import train
+
+        def rates(more: str) -> list[float]:
+            words = words_of(f"train --data d --out {TMP}/none --device cpu {more}")
+            with unittest.mock.patch.object(sys, "argv", words):
+                args = train.parse_args()
+            return [train.learning_rate(args, epoch) for epoch in range(args.epochs)]
+
+        for lr in 1e-5, 3e-6, 0.1:
+            found = rates(f"--lr {lr} --epochs 4")
+            self.assertEqual(found[0], lr)
+            self.assertEqual(found, sorted(found, reverse=True))
+            self.assertLess(found[-1], 0.3 * lr)
+        self.assertEqual(rates("--recipe finetune --epochs 1"), [0.01])
+        self.assertEqual(rates("--recipe deit --epochs 2 -b 512")[1], 5e-4)
+        self.assertEqual(rates("--recipe llm2clip -b 8")[0], 1e-5)
+        self.assertEqual(rates("--lr 1 --min-lr 0.5 --epochs 3")[0], 1)
+        self.refused(
+            "no rate for --optimizer adamw: pass --lr",
+            train_line("x", "--optimizer adamw").replace("--lr 0.01", ""),
+        )
+        self.refused("--min-lr lies between", train_line("x", "--min-lr 1"))
+
+    def test_half_precision_weights_train_in_float32(self):
+        vit = tf.ViTForImageClassification(tf.ViTConfig(**VISION)).half()
+        vit.save_pretrained(TMP / "half")
+        tf.ViTImageProcessor().save_pretrained(TMP / "half")
+        for more in "", "--pretrained":
+            run = f"half{more}"
+            call(train_line(run, f"--arch {TMP}/half {more} --epochs 1 --lr 1e-4"))
+            state = torch.load(TMP / run / "last.pt", weights_only=True)
+            self.assertEqual({x.dtype for x in state["model"].values()}, {torch.float32})
+            self.assertEqual(state["rebuild"]["config"]["dtype"], "float32")
+            self.assertIn("| 20 |", call(f"evaluate --data {WORLD}/val {TMP}/{run}/last.pt -j 0"))
+
+    def test_cores_of_a_laptop(self):
+        """Eight cores without a GPU: two load images, six compute."""
+        import train
+
+        cores = unittest.mock.patch("os.sched_getaffinity", lambda _: set(range(8)), create=True)
+        stop = unittest.mock.patch("train.list_data", side_effect=SystemExit)
+        line = train_line("x").replace("-j 0", "")
+        environment = {name: x for name, x in os.environ.items() if name != "OMP_NUM_THREADS"}
+        threads = torch.get_num_threads()
+        with cores, stop, unittest.mock.patch.dict(os.environ, environment, clear=True):
+            with unittest.mock.patch.object(sys, "argv", words_of(line)):
+                self.assertEqual(train.parse_args().workers, 2)
+            self.assertRaises(SystemExit, call, line)
+        found = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        self.assertEqual(found, 6)
+
+    def test_a_node_without_the_checkpoint(self):
+        """Two nodes with a folder each: only the first one's process writes last.pt, and they would
+        go on after other epochs."""
+        (TMP / "nodes.py").write_text(
+            f"""import os, runpy, sys
+sys.argv[sys.argv.index("--out") + 1] += os.environ["RANK"]
+runpy.run_path({str(HERE / "train.py")!r}, run_name="__main__")"""
+        )
+        words = command(train_line("node-", "--epochs 1 -b 4 --resume"), processes=2)
+        words[words.index(str(HERE / "train.py"))] = str(TMP / "nodes.py")
+        subprocess.run(words, check=True, capture_output=True, env=ONE_THREAD)
+        self.assertTrue((TMP / "node-0/last.pt").exists())
+        result = subprocess.run(words, capture_output=True, text=True, env=ONE_THREAD)
+        self.assertNotEqual(result.returncode, 0)
+        sentence = r"processes found it after \[0, 1\] epochs: copy the latest one to all nodes"
+        self.assertRegex(result.stderr, sentence)
+
+    def test_decoders_that_are_missing_or_fail(self):
+        import train
+
+        file = TMP / "decoded.jpg"
+        file.write_bytes(raw_jpeg())
+        want = train.read_image(str(file))
+        for broken in None, unittest.mock.Mock(side_effect=KeyError("nvjpeg")):
+            with unittest.mock.patch.object(train, "decode_jpeg", broken):
+                torch.testing.assert_close(train.read_image(str(file)), want, atol=0, rtol=0)
+
+    def test_memory_of_workers(self):
+        """What a loading process copies of 200,000 names, after it has seen all of them."""
+        if not Path("/proc/self/smaps_rollup").exists():
+            self.skipTest("this system does not tell what memory a process has to itself")
+        import train
+
+        samples = [(f"{TMP}/a/{i:030d}.jpeg", 0) for i in range(200_000)]
+
+        def read(path: str) -> torch.Tensor:
+            return torch.zeros(3, 1, 1, dtype=torch.uint8)
+
+        images = train.Images(samples, 1, read, torch.nn.Identity())
+        reader, writer = os.pipe()
+        gc.collect()
+        gc.freeze()
+        if not (child := os.fork()):
+            before = private_memory()
+            for i in range(len(samples)):
+                images[i, 0]
+            gc.collect()
+            os.write(writer, str(private_memory() - before).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        gc.unfreeze()
+        self.assertLess(int(os.read(reader, 20)), 4_000_000)
+
+    def test_layer_decay(self):
+        """Of a Hiera, torchvision's ViT and transformers' CLIP, against lists written by hand."""
+        import train
+
+        hiera = {"embed_dim": 8, "num_heads": [1, 2, 4, 8], "depths": [1, 1, 2, 1]}
+        hiera = tf.HieraForImageClassification(tf.HieraConfig(**hiera, num_labels=4))
+        vit = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 16, num_classes=4)
+        clip = tf.CLIPVisionModelWithProjection(tf.CLIPVisionConfig(**VISION))
+        swin = torchvision.models.SwinTransformer([4, 4], 8, [1, 1], [1, 1], [2, 2], num_classes=4)
+        cases = {
+            hiera: {
+                "hiera.embeddings.position_embeddings": 6,
+                "hiera.embeddings.patch_embeddings.projection.weight": 6,
+                "hiera.encoder.stages.0.layers.0.attn.qkv.weight": 5,
+                "hiera.encoder.stages.1.layers.0.proj.weight": 4,
+                "hiera.encoder.stages.2.layers.0.mlp.fc1.bias": 3,
+                "hiera.encoder.stages.2.layers.1.mlp.fc1.bias": 2,
+                "hiera.encoder.stages.3.layers.0.layernorm_after.weight": 1,
+                "hiera.pooler.layernorm.weight": 0,
+                "classifier.weight": 0,
+            },
+            vit: {
+                "class_token": 3,
+                "conv_proj.weight": 3,
+                "encoder.pos_embedding": 3,
+                "encoder.layers.encoder_layer_0.ln_1.weight": 2,
+                "encoder.layers.encoder_layer_1.mlp.0.weight": 1,
+                "encoder.ln.weight": 0,
+                "heads.head.bias": 0,
+            },
+            clip: {
+                "vision_model.embeddings.class_embedding": 3,
+                "vision_model.pre_layrnorm.weight": 3,
+                "vision_model.encoder.layers.0.self_attn.q_proj.weight": 2,
+                "vision_model.encoder.layers.1.mlp.fc2.weight": 1,
+                "vision_model.post_layernorm.weight": 0,
+                "visual_projection.weight": 0,
+            },
+            swin: {
+                "features.0.0.weight": 3,
+                "features.1.0.attn.qkv.weight": 2,
+                "features.2.reduction.weight": 2,
+                "features.3.0.mlp.0.weight": 1,
+                "norm.weight": 0,
+                "head.weight": 0,
+            },
+        }
+        for model, powers in cases.items():
+            scales = train.layer_scales(model, 0.5)
+            self.assertEqual(len(scales), len(list(model.named_parameters())))
+            self.assertEqual({name: scales[name] for name in powers}, self.halves(powers))
+        args = {"lr": 0.1, "weight_decay": 0.05, "decay_norms": False, "layer_decay": 0.5}
+        args |= {"optimizer": "adamw", "beta2": 0.95, "device": "cpu"}
+        net = train.Aligned(clip, temperature=0.1)
+        optimizer = train.make_optimizer(net, types.SimpleNamespace(**args), None)
+        group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+        for name, power in cases[clip].items():
+            group = group_of[clip.get_parameter(name)]
+            spared = "norm" in name or "class_embedding" in name
+            self.assertEqual((group["scale"], group["weight_decay"] == 0), (0.5**power, spared))
+        self.assertEqual(group_of[net.log_temperature]["scale"], 1)
+        self.assertEqual(optimizer.defaults["betas"], (0.9, 0.95))
+        self.refused("no transformer blocks", train_line("x", "--layer-decay 0.5"))
+
+    def halves(self, powers: dict[str, int]) -> dict[str, float]:
+        return {name: 0.5**power for name, power in powers.items()}
+
+    def test_tower_of_clip(self):
+        """Without labels a CLIP is its class token's projection, from the first step on, and what
+        evaluation measures is what transformers' own class gives."""
+        text = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+        text |= {"intermediate_size": 32, "vocab_size": 50, "max_position_embeddings": 8}
+        towers = {"text_config": text, "vision_config": VISION | {"projection_dim": 64}}
+        whole = tf.CLIPModel(tf.CLIPConfig(**towers, projection_dim=64))
+        whole.half().save_pretrained(TMP / "clip")
+        tf.CLIPImageProcessor(**SQUARE).save_pretrained(TMP / "clip")
+        line = flat_line("tower", f"--recipe llm2clip --arch {TMP}/clip --epochs 1 -b 8 --lr 1e-12")
+        printed = call(line)
+        self.assertIn("--pretrained: all weights but 0", printed)
+        entry = read_lines(TMP / "tower/log.jsonl")[1]
+        self.assertAlmostEqual(entry["tau"], 0.07, places=6)
+        state = torch.load(TMP / "tower/last.pt", weights_only=True)
+        self.assertEqual(state["rebuild"]["class"], "CLIPVisionModelWithProjection")
+        config = tf.CLIPVisionConfig(**state["rebuild"]["config"])
+        tower = tf.CLIPVisionModelWithProjection(config).eval()
+        tower.load_state_dict(state["model"], strict=True)
+        theirs = tf.CLIPVisionModelWithProjection.from_pretrained(TMP / "clip").float().eval()
+        images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            torch.testing.assert_close(tower(images).image_embeds, theirs(images).image_embeds)
+        files = f"--captions {TMP}/flat.jsonl --embeddings {TMP}/flat.npy"
+        table = call(f"evaluate --data {FLAT}/train {TMP}/tower/last.pt -j 0 --device cpu {files}")
+        self.assertIn("image->text R@1", table)
+        call(train_line("labelled", f"--arch {TMP}/clip --epochs 1"))
+        found = torch.load(TMP / "labelled/last.pt", weights_only=True)["rebuild"]["class"]
+        self.assertEqual(found, "CLIPForImageClassification")
+
+    def test_machines_and_files_that_fail(self):
+        line = train_line("x", "--arch shufflenet_v2_x0_5")
+        self.refused("-b 1: the head's batch norm needs two images", f"{line} -b 1")
+        for error, sentence in (
+            (
+                "RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error.')",
+                "/dev/shm",
+            ),
+            (
+                "RuntimeError('unable to write to file </torch_7_1>: No space left (28)')",
+                "/dev/shm",
+            ),
+            ("torch.OutOfMemoryError('CUDA out of memory')", "out of memory: try a smaller -b"),
+        ):
+            code = f"""import runpy, sys, torch
+def fail(loader):
+    raise {error}
+torch.utils.data.DataLoader.__iter__ = fail
+sys.argv = {words_of(line)!r}
+runpy.run_path({str(HERE / "train.py")!r}, run_name="__main__")"""
+            result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            self.assertEqual(result.returncode, 1)
+            self.assertIn(sentence, result.stderr.splitlines()[-1])
+        tf.ViTForImageClassification(tf.ViTConfig(**VISION)).save_pretrained(TMP / "pointer")
+        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+        (TMP / "pointer/model.safetensors").write_text(pointer)
+        self.refused("no classifier: ", train_line("x", f"--arch {TMP}/pointer --pretrained"))
+        (TMP / "timm").mkdir()
+        wrapped = {"model_type": "timm_wrapper", "architecture": "resnet18", "num_classes": 4}
+        (TMP / "timm/config.json").write_text(json.dumps(wrapped))
+        self.refused("no classifier: .*timm", train_line("x", f"--arch {TMP}/timm"))
+
+    def test_what_is_not_validated_is_not_saved(self):
+        saved = []
+        save = unittest.mock.patch("torch.save", lambda state, _: saved.append(state["epoch"]))
+        with save, unittest.mock.patch("os.replace"):
+            call(train_line("sparse", "--epochs 5 --val-every 2"))
+        self.assertEqual(saved, [2, 4, 5])
+
+    def test_averages(self):
+        """Parameters and running statistics, against a loop; counters are the last ones."""
+        call(train_line("mean-1", "--epochs 1 --arch shufflenet_v2_x0_5 -b 24 --ema-decay 0.75"))
+        state = torch.load(TMP / "mean-1/last.pt", weights_only=True)
+        torch.manual_seed(0)
+        start = torchvision.models.shufflenet_v2_x0_5(num_classes=4).state_dict()
+        for name, first in start.items():
+            want = state["model"][name]
+            if first.is_floating_point():
+                want = 0.75 * first + 0.25 * want
+            torch.testing.assert_close(state["ema"][name], want, msg=lambda m, n=name: f"{n}: {m}")
+
+    def test_stochastic_depth_of_transformers(self):
+        import train
+
+        config = tf.Dinov2Config(**VISION)
+        config.save_pretrained(TMP / "depth")
+        call(train_line("depth-run", f"--arch {TMP}/depth --drop-path 0.3 --epochs 1"))
+        rebuild = torch.load(TMP / "depth-run/last.pt", weights_only=True)["rebuild"]
+        self.assertEqual(rebuild["config"]["drop_path_rate"], 0.3)
+        tf.ViTConfig(**VISION).save_pretrained(TMP / "no-depth")
+        line = train_line("x", f"--arch {TMP}/no-depth --drop-path 0.3")
+        self.refused("no stochastic depth: pass --drop-path 0", line)
+        least = []
+        for scale in 0.08, 0.9:
+            crop = train.FlippedCrop(8, (scale, 1.0))
+            sizes = [crop.make_params([torch.zeros(3, 100, 100)]) for _ in range(50)]
+            least.append(min(size["height"] * size["width"] for size in sizes) / 1e4)
+        self.assertLess(least[0], 0.5)
+        self.assertGreater(least[1], 0.85)
+
     def test_learned_temperature(self):
         """It moves, but not below 0.01."""
         call(train_line("tau", "--learn-temperature --temperature 0.005 --lr 1e-6"))
@@ -1991,6 +2276,149 @@ runpy.run_path({script!r}, run_name="__main__")"""
         (TMP / "no-val/val/red_circle").mkdir(parents=True)
         self.refused("no image", train_line("x", data=TMP / "no-val"))
         self.assertEqual(importlib.import_module("train").first_line(ValueError()), "ValueError: ")
+
+
+def save_hiera(folder: Path, **changes) -> None:
+    """The configuration of a tiny Hiera at 64 pixels, of an auto-encoder, with a patch stride of 2:
+    16 parts of 16 x 16 pixels."""
+    shape = {"embed_dim": 8, "num_heads": [1, 2, 4, 8], "depths": [1, 1, 2, 1]}
+    shape |= {"image_size": [64, 64], "patch_stride": [2, 2], "num_query_pool": 2}
+    shape |= {"decoder_hidden_size": 16, "decoder_depth": 1, "decoder_num_heads": 1}
+    tf.HieraConfig(**shape | changes).save_pretrained(folder)
+
+
+def mae_line(out: str, more: str = "") -> str:
+    """Two epochs of that Hiera as a masked auto-encoder on images without labels."""
+    line = f"train --data {FLAT} --out {TMP / out} --recipe mae --arch {TMP}/hiera-mae"
+    return f"{line} --drop-path 0 --lr 0.01 --epochs 2 -b 8 -j 0 --device cpu {more}"
+
+
+class Pretraining(Base):
+    """Masked auto-encoders, and what is fine-tuned from them."""
+
+    def setUp(self):
+        if not (TMP / "hiera-mae").exists():
+            save_hiera(TMP / "hiera-mae")
+            call(mae_line("mae", "--epochs 8"))
+
+    def test_it_learns_and_shows_what_it_learned(self):
+        config, *epochs = read_lines(TMP / "mae/log.jsonl")
+        losses = [epoch["loss_mae"] for epoch in epochs]
+        self.assertLess(losses[-1], losses[0] - 0.02)
+        self.assertEqual(set(epochs[0]) & {"loss_ce", "loss_align", "train_top1"}, set())
+        picture = Image.open(TMP / "mae/reconstruction.png")
+        self.assertGreater(picture.height, 8 * 64)
+        self.assertGreater(picture.width, 3 * 64)
+
+    def test_reconstruction(self):
+        """Left the image; in the middle hidden patches are grey, the others as they are; right the
+        hidden ones are the network's, those it saw are as they are: of Hiera and of ViTMAE, whose
+        output has another order. Of a perfect prediction the right is the left."""
+        import train
+
+        vit = tf.ViTMAEConfig(**VISION, decoder_hidden_size=16, decoder_num_hidden_layers=1)
+        vit.update({"decoder_num_attention_heads": 2, "image_size": 64})
+        hiera = tf.HieraConfig.from_pretrained(TMP / "hiera-mae")
+        kinds = (tf.HieraForPreTraining, hiera), (tf.ViTMAEForPreTraining, vit)
+        images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        for kind, config in kinds:
+            for normalised in True, False:
+                config.normalize_pixel_loss = config.norm_pix_loss = normalised
+                model = kind(config)
+                left, middle, right = train.reconstruct(model, images).split(64, dim=3)
+                torch.testing.assert_close(left, images)
+                side = 8
+                seen = middle.unfold(2, side, side).unfold(3, side, side).abs().amax((1, 4, 5)) > 0
+                self.assertLess(abs(seen.float().mean() - (1 - config.mask_ratio)), 0.05)
+                seen = seen.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
+                torch.testing.assert_close(middle, images * seen)
+                torch.testing.assert_close(right * seen, images * seen)
+                self.assertGreater(((right - images) * ~seen).abs().mean(), 0.01)
+                perfect = self.perfect(model, images, normalised)
+                with unittest.mock.patch.object(model, "forward", perfect):
+                    left, _, right = train.reconstruct(model, images).split(64, dim=3)
+                torch.testing.assert_close(right, left, atol=1e-3, rtol=0)
+
+    def perfect(self, model, images: torch.Tensor, normalised: bool):
+        """A forward() that predicts just what the model's own loss wants."""
+        forward = model.forward
+
+        def predict(pixels):
+            output = forward(pixels)
+            if hasattr(model, "patchify"):
+                target = model.patchify(pixels)
+                if normalised:
+                    mean, deviation = target.mean(-1, True), target.var(-1, keepdim=True)
+                    target = (target - mean) / (deviation + 1e-6) ** 0.5
+            else:
+                everything = torch.ones_like(output.bool_masked_pos)
+                target = model.get_pixel_label_2d(pixels, everything).view(output.logits.shape)
+            output.logits = target
+            return output
+
+        return predict
+
+    def test_resumed_and_in_two_processes(self):
+        stop = unittest.mock.patch("train.report_unreadable", side_effect=[0, KeyboardInterrupt])
+        with stop, self.assertRaises(KeyboardInterrupt):
+            call(mae_line("mae-stopped"))
+        call(mae_line("mae-stopped", "--resume"))
+        call(mae_line("mae-straight"))
+        shell(mae_line("mae-two", "-b 4"), processes=2)
+        one, stopped, two = map(weights_of, ("mae-straight", "mae-stopped", "mae-two"))
+        for name, weight in one.items():
+            self.assertTrue(torch.equal(weight, stopped[name]), name)
+            torch.testing.assert_close(weight, two[name], rtol=1e-3, atol=1e-5)
+
+    def test_images_that_cannot_be_read_are_no_part_of_the_loss(self):
+        """Nor do they move the weights: in another folder without them the batch is as large."""
+        damaged, without = TMP / "mae-damaged/train", TMP / "mae-without/train"
+        for folder in damaged, without:
+            shutil.copytree(FLAT / "train", folder)
+        for i in range(8):
+            (damaged / f"{i}.png").write_bytes(b"nothing")
+        more = "--epochs 1 --lr 1e-12 -b 32"
+        printed = call(mae_line("mae-hurt", f"--data {damaged.parent} {more}"))
+        self.assertIn("8 unreadable images left out: ", printed)
+        call(mae_line("mae-well", f"--data {without.parent} {more} -b 24"))
+        # the same weights, other random crops and masks: near, where 8 black images would be far
+        logs = [read_lines(TMP / run / "log.jsonl")[1] for run in ("mae-hurt", "mae-well")]
+        self.assertAlmostEqual(logs[0]["loss_mae"], logs[1]["loss_mae"], delta=0.02)
+        for file in damaged.iterdir():
+            file.write_bytes(b"nothing")
+        self.refused("no training image can be read", mae_line("x", f"--data {damaged.parent}"))
+
+    def test_fine_tuning(self):
+        """From its weights, with three poolings of the query; evaluation wants the fine-tuned."""
+        line = train_line("tuned", f"--recipe hiera --arch {TMP}/hiera-mae --epochs 1", text=False)
+        line = line.replace("--input-size 32", "--input-size 64 --drop-path 0.1")
+        printed = call(f"{line} --init {TMP}/mae/last.pt --lr 1e-9")
+        self.assertIn("num_query_pool is 3", printed)
+        self.assertRegex(printed, r"all weights but 4: hiera.pooler.*, classifier")
+        state = torch.load(TMP / "tuned/last.pt", weights_only=True)
+        self.assertEqual(state["rebuild"]["class"], "HieraForImageClassification")
+        self.assertEqual(state["rebuild"]["config"]["num_query_pool"], 3)
+        self.assertEqual(state["rebuild"]["config"]["drop_path_rate"], 0.1)
+        name = "hiera.encoder.stages.0.layers.0.attn.qkv.weight"
+        torch.testing.assert_close(state["model"][name], weights_of("mae")[name])
+        evaluate = f"evaluate --data {WORLD}/val -j 0 --device cpu"
+        self.assertIn("| 20 |", call(f"{evaluate} {TMP}/tuned/last.pt"))
+        sentence = "is an auto-encoder: fine-tune it first, train.py --init"
+        self.refused(sentence, f"{evaluate} {TMP}/mae/last.pt")
+
+    def test_refusals(self):
+        line = mae_line("x")
+        self.refused("64 pixels|32 pixels", f"{line} --input-size 32")
+        self.refused("no such masked auto-encoder", f"{line} --arch resnet50")
+        tf.ViTConfig(**VISION).save_pretrained(TMP / "no-mae")
+        self.refused("hides no part of an image", f"{line} --arch {TMP}/no-mae")
+        save_hiera(TMP / "no-decoder", decoder_depth=None)
+        self.refused("lacks decoder_depth", f"{line} --arch {TMP}/no-decoder")
+        self.refused("learns from images alone", f"{line} --mixup 0.8")
+        vit = f"{line} --arch {TMP}/vit-mae"
+        tf.ViTMAEConfig(**VISION, decoder_hidden_size=16).save_pretrained(TMP / "vit-mae")
+        self.refused("no stochastic depth: pass --drop-path 0", f"{vit} --drop-path 0.1")
+        self.refused("pass --captions and --embeddings, or --mae", train_line("x", "", False, FLAT))
 
 
 def recall(scores: np.ndarray, owner: np.ndarray) -> dict[str, float]:

@@ -81,7 +81,7 @@ RECIPES = {
     "--beta2 0.95 --warmup-epochs 40 --min-lr 0 --crop-scale 0.2 --drop-path 0.2 "
     "--interpolation bicubic",
     "hiera": f"--arch facebook/hiera-base-224-mae-hf --epochs 100 --batch-size 64 {ADAMW}{MIXED}"
-    "--layer-decay 0.7 --warmup-epochs 5 --min-lr 1e-6",
+    "--layer-decay 0.7 --warmup-epochs 5 --min-lr 0",
     "llm2clip": f"--arch openai/clip-vit-large-patch14-336 --pretrained --epochs 4 {ADAMW}"
     "--batch-size 512 --lr 1e-5 --layer-decay 0.85 --clip-grad 5 --min-lr 0 --text-adapter mlp "
     "--learn-temperature --temperature 0.07",

@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers as tf
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 tf.utils.logging.disable_progress_bar()
@@ -263,31 +263,151 @@ def save_text_encoder(folder: Path, steps: int = 0, seed: int = 0) -> None:
 def run_demo(root: Path) -> None:
     began, at = time.time(), shlex.quote(str(root))
 
-    def run(line: str) -> None:
+    def start(line: str, **options) -> subprocess.Popen:
         print(f"\n$ python {line}", flush=True)
-        script, *options = shlex.split(line)
-        subprocess.run([sys.executable, str(HERE / script), *options], check=True)
+        script, *words = shlex.split(line)
+        return subprocess.Popen([sys.executable, str(HERE / script), *words], **options)
+
+    def run(line: str) -> None:
+        if code := start(line).wait():
+            raise SystemExit(code)
 
     draw_world(root / "data", 40, 40, wrong=0.6)
     if not (root / "mllm" / "model.safetensors").exists():
-        save_mllm(root / "mllm", steps=2000)
+        save_mllm(root / "mllm", steps=1200)
     if not (root / "encoder" / "model.safetensors").exists():
         save_text_encoder(root / "encoder", steps=300)
     describe = f"caption.py --data {at}/data/train --model {at}/mllm --prompt '{PROMPT}'"
-    describe += " --max-new-tokens 16 --batch-size 64"
-    run(f"{describe} --preview {at}/captions.png")
-    run(f"{describe} --out {at}/captions.jsonl")
+    run(f"{describe} --max-new-tokens 16 --batch-size 64 --out {at}/captions.jsonl")
     run(f"embed.py --captions {at}/captions.jsonl --out {at}/embeddings.npy --model {at}/encoder")
     train = f"train.py --data {at}/data --arch shufflenet_v2_x0_5 --input-size 64 --epochs 30 -b 50"
-    train += " --lr 0.1 --val-every 5 --seed 1 -j 1 --resume"
+    train += " --lr 0.1 --val-every 3 --seed 1 -j 0 --resume"
     aligned = f"--captions {at}/captions.jsonl --embeddings {at}/embeddings.npy --align-weight 2"
     aligned += " --temperature 0.1"
-    run(f"{train} --out {at}/runs/baseline")
-    run(f"{train} --out {at}/runs/aligned {aligned}")
-    run(f"{train} --out {at}/runs/shuffled {aligned} --shuffle-captions")
-    runs = " ".join(f"{at}/runs/{name}/last.pt" for name in ("baseline", "aligned", "shuffled"))
-    run(f"evaluate.py --data {at}/data/val {runs}")
-    print(f"\n{time.time() - began:.0f} s; data, models, captions.png and all files: {root}")
+    lines = {"baseline": "", "aligned": aligned, "shuffled": f"{aligned} --shuffle-captions"}
+    runs, one_core = [], os.environ | {"OMP_NUM_THREADS": "1"}  # together
+    for name, options in lines.items():
+        with open(root / f"{name}.txt", "w") as log:
+            line = f"{train} --out {at}/runs/{name} {options}"
+            runs.append(start(line, stdout=log, stderr=log, env=one_core))
+    for name, process in zip(lines, runs, strict=True):
+        if process.wait():
+            raise SystemExit((root / f"{name}.txt").read_text())
+    checkpoints = " ".join(f"{at}/runs/{name}/last.pt" for name in lines)
+    run(f"evaluate.py --data {at}/data/val {checkpoints}")
+    draw_demo(root, list(lines)).save(root / "demo.png")
+    print(f"\n{time.time() - began:.0f} s; captions and curves are drawn in {root}/demo.png")
+
+
+def draw_demo(root: Path, names: list[str]) -> Image.Image:
+    """Left eight training images, each beside what the toy MLLM says of it and the folder it lies
+    in; right the top-1 on the validation images over the epochs, a curve per run."""
+    sheet = Image.new("RGB", (1400, 720), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
+    lines = read_lines(root / "captions.jsonl")
+    for row, line in enumerate(random.Random(0).sample(lines, 8)):
+        image = Image.open(root / "data/train" / line["image"]).resize((80, 80))
+        sheet.paste(image, (10, 90 * row + 5))
+        label = line["image"].split("/")[0].replace("_", " ")
+        words = f"{line['caption']}\n(in the folder of a {label})"
+        pen.multiline_text((105, 90 * row + 20), words, "black", font, spacing=8)
+    pen.text((760, 20), "top-1 on validation images, %, over the epochs", "black", font)
+    for percent in range(0, 31, 10):
+        y = 660 - 20 * percent
+        pen.line([(760, y), (1240, y)], "lightgray", 2)
+        pen.text((720, y - 10), f"{percent}", "black", font)
+    for name, colour in zip(names, ("darkorange", "royalblue", "gray"), strict=True):
+        points = [e for e in read_lines(root / f"runs/{name}/log.jsonl") if "val_top1" in e]
+        curve = [(760 + 16 * e["epoch"], 660 - 20 * e["val_top1"]) for e in points]
+        pen.line(curve, colour, 4)
+        pen.text((curve[-1][0] + 10, curve[-1][1] - 10), name, colour, font)
+    return sheet
+
+
+# =================================================================================================
+# What a GPU does: a table for README.
+# =================================================================================================
+
+VISION_OF_SMOLVLM = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+VISION_OF_SMOLVLM |= {"num_attention_heads": 12, "image_size": 512, "patch_size": 16}
+TEXT_OF_SMOLVLM = {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32}
+TEXT_OF_SMOLVLM |= {"num_attention_heads": 15, "num_key_value_heads": 5, "vocab_size": 49280}
+MINILM = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}
+MINILM |= {"num_attention_heads": 12, "vocab_size": 30522, "max_position_embeddings": 512}
+
+
+def save_smolvlm(folder: Path, vision: dict, text: dict) -> None:
+    """Random weights in the shape of a SmolVLM: captions without meaning, of full length."""
+    tokenizer, size = tokens(image_token="<image>"), vision["image_size"]
+    tiles = {"size": {"longest_edge": 4 * size}, "max_image_size": {"longest_edge": size}}
+    length = (size // vision["patch_size"] // 4) ** 2
+    tiles = tf.Idefics3ImageProcessor(**tiles)
+    processor = tf.Idefics3Processor(tiles, tokenizer, image_seq_len=length, chat_template=CHAT)
+    text = text | {"vocab_size": max(text["vocab_size"], len(tokenizer))}  # the processor adds some
+    text = tf.LlamaConfig(**IDS | text | {"max_position_embeddings": 8192})
+    config = {"vision_config": vision, "text_config": text, "scale_factor": 4}
+    config["image_token_id"] = tokenizer.image_token_id
+    model = tf.Idefics3ForConditionalGeneration(tf.Idefics3Config(**config)).bfloat16()
+    model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    for part in (model, processor):
+        part.save_pretrained(folder)
+
+
+def run_gpu(images: Path, root: Path, device: str = "cuda") -> None:
+    """`images`: DIR/<class>/<image>, for instance some of ImageNet's. On the device "cpu" all is
+    tiny, and only a test of this function."""
+    gpu, cuda = device == "cuda", torch.cuda
+    if gpu and not cuda.is_available():
+        raise SystemExit("test_smoke.py gpu measures what a GPU does: torch finds none here")
+    files = sorted(path.resolve() for path in images.rglob("*") if path.is_file())
+    for i in range(100 * len(files) if gpu else 8):  # a folder of many images
+        file = files[i % len(files)]
+        for split in ("train", "val")[: 1 + (i < len(files))]:
+            link = root / "data" / split / file.parent.name / f"{i:06d}{file.suffix}"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file)
+    captions, rng = [], random.Random(0)
+    for link in sorted((root / "data/train").rglob("*.*")):
+        words = " ".join(rng.choices([*COLORS, *SHAPES, *BACKGROUNDS], k=30))
+        captions.append(
+            {"image": link.relative_to(root / "data/train").as_posix(), "caption": words}
+        )
+    write_lines(root / "captions.jsonl", captions)
+    model = tf.BertModel(tf.BertConfig(**MINILM if gpu else text(tokens())))
+    for part in (model, word_tokenizer(model_max_length=256)):
+        part.save_pretrained(root / "encoder")
+    save_smolvlm(
+        root / "smolvlm", *[VISION_OF_SMOLVLM, TEXT_OF_SMOLVLM] if gpu else [VISION, text(tokens())]
+    )
+    print(cuda.get_device_name() if gpu else "no GPU", torch.__version__)
+    print("| what | speed | waiting for data | peak memory |\n|---|---|---|---|", flush=True)
+
+    def measure(what: str, line: str, pattern: str, unit: str) -> None:
+        if gpu:
+            cuda.reset_peak_memory_stats()
+        printed = call(f"{line} --device {device}")
+        speed, wait = re.findall(pattern, printed), re.findall(r"data_wait ([\d.e-]+)", printed)
+        waits = f"{float(wait[-1]):.0%}" if wait else ""
+        memory = f"{cuda.max_memory_allocated() / 2**30:.1f} GiB" if gpu else ""
+        print(f"| {what} | {float(speed[-1]):.0f} {unit} | {waits} | {memory} |", flush=True)
+
+    texts = f"--captions {root}/captions.jsonl --embeddings {root}/embeddings.npy"
+    embed = f"embed --captions {root}/captions.jsonl --out {root}/embeddings.npy"
+    measure(
+        "embed, MiniLM's shape",
+        f"{embed} --model {root}/encoder",
+        r"(\S+) captions/s",
+        "captions/s",
+    )
+    for arch, batch in (("resnet50", 256), ("vit_b_16", 128)) if gpu else [("squeezenet1_1", 4)]:
+        for name, more in ("", ""), (", aligned", texts):
+            out = root / f"{arch}{name}"
+            line = f"train --data {root}/data --arch {arch} -b {batch} --epochs 2 --lr 0.001 {more}"
+            options = f"--val-every 2 --out '{out}'"
+            measure(f"train, {arch}{name}", f"{line} {options}", r"images_per_s (\S+),", "images/s")
+    line = f"caption --data {root}/data/train --model {root}/smolvlm --out {root}/described.jsonl"
+    line += f" --max-new-tokens 64 --limit {128 if gpu else 4}"
+    measure("caption, SmolVLM-500M's shape", line, r"(\S+) new tokens/s", "tokens/s")
 
 
 # =================================================================================================
@@ -300,9 +420,15 @@ CAPTIONS, EMBEDDINGS, FLAT = TMP / "captions.jsonl", TMP / "embeddings.npy", TMP
 PRESET = torchvision.transforms._presets.ImageClassification(crop_size=32, resize_size=37)
 
 
+# The tests are of the CPU, whatever else there is, as is what they start; but those of OnGPU.
+NO_GPU = unittest.mock.patch("torch.accelerator.current_accelerator", return_value=None)
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def setUpModule() -> None:
     """A world of 4 classes x 6 images, a random MLLM, a random encoder, captions, embeddings; FLAT:
     the same images in no class folders."""
+    NO_GPU.start()
     torch.set_num_threads(2)
     TMP.mkdir()
     captions = draw_world(WORLD, 6, 5, wrong=0, classes=CLASSES[:2] + CLASSES[-2:])
@@ -319,6 +445,7 @@ def setUpModule() -> None:
 
 
 def tearDownModule() -> None:
+    NO_GPU.stop()
     shutil.rmtree(TMP)
 
 
@@ -451,7 +578,7 @@ def shell(line: str, *options, processes: int = 1) -> str:
         command(line, *options, processes=processes),
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=ONE_THREAD,
     )
     if result.returncode:
         raise AssertionError(f"{line} failed:\n{result.stderr[-3000:]}")
@@ -465,7 +592,7 @@ def kill_when(ready, line: str, *options, processes: int = 1) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=ONE_THREAD,
     )
     try:
         deadline = time.time() + 120
@@ -507,9 +634,6 @@ def private_memory() -> int:
 
 def lines_in(file: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
-
-
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 class Base(unittest.TestCase):
@@ -1506,25 +1630,28 @@ def loss_cases(n: int, seed: int = 0):
                 yield name, {"kind": kind, "images": images, "texts": texts, "has_text": has}, lam
 
 
-def gradients_of_rank(rank: int, world: int, n: int, folder: str) -> None:
+def gradients_of_rank(rank: int, world: int, n: int, folder: str, device: str = "cpu") -> None:
     """What DDP leaves behind on one of `world` processes: gradients of a linear map of the images,
     averaged. Images are mixed within a process: the single process takes the same blocks."""
     import train
 
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     if world > 1:
-        store = f"file://{folder}/store-{world}"
-        torch.distributed.init_process_group("gloo", store, rank=rank, world_size=world)
+        backend, store = "nccl" if device == "cuda" else "gloo", f"file://{folder}/store-{world}"
+        torch.distributed.init_process_group(backend, store, rank=rank, world_size=world)
     found, block = {}, n // 4
     rows = slice(rank * n // world, (rank + 1) * n // world)
-    labels = torch.randint(-1, 5, (n,), generator=torch.Generator().manual_seed(1))
+    labels = torch.randint(-1, 5, (n,), generator=torch.Generator().manual_seed(1)).to(device)
 
     def partners(loss, lam: float, *targets):
         flipped = [torch.cat([x.flip(0) for x in target.split(block)]) for target in targets]
         return lam * loss(*targets) + (1 - lam) * loss(*flipped)
 
     for name, case, lam in loss_cases(n):
-        weight = torch.eye(5, requires_grad=True)
+        case = {key: x.to(device) if torch.is_tensor(x) else x for key, x in case.items()}
+        weight = torch.eye(5, device=device, requires_grad=True)
         features = F.normalize(case["images"][rows] @ weight, dim=1)
         align = functools.partial(train.alignment_loss, case["kind"], features, temperature=0.3)
         loss = partners(align, lam, case["texts"][rows], case["has_text"][rows])
@@ -1533,7 +1660,7 @@ def gradients_of_rank(rank: int, world: int, n: int, folder: str) -> None:
         loss.backward()
         if world > 1:
             torch.distributed.all_reduce(weight.grad)
-        found[name] = weight.grad / world
+        found[name] = weight.grad.cpu() / world
     if rank == 0:
         torch.save(found, f"{folder}/gradients-{world}.pt")
     if world > 1:
@@ -1753,8 +1880,7 @@ runpy.run_path({script!r}, run_name="__main__")"""
                 line = line_of(f"{name}{processes}", f"--seed 3 -b {batch} -j 1")
                 words = command(line, processes=processes)
                 words[words.index(script)] = str(TMP / "no_dropout.py")
-                environment = os.environ | {"OMP_NUM_THREADS": "1"}
-                subprocess.run(words, check=True, capture_output=True, env=environment)
+                subprocess.run(words, check=True, capture_output=True, env=ONE_THREAD)
             self.same_weights(f"{name}1", f"{name}2", rtol=1e-3, atol=1e-5)
         random = torchvision.models.squeezenet1_1(num_classes=4).state_dict()["classifier.1.weight"]
         self.assertFalse(torch.equal(weights_of("world1")["classifier.1.weight"], random))
@@ -2709,6 +2835,141 @@ class Evaluation(Base):
         self.refuses("--ema does nothing", "--data", WORLD / "val", "resnet18", "--ema")
 
 
+class OnGPU(Base):
+    """What the CPU gives, a GPU gives. With GPU_TESTS_ON=cpu in the environment these tests run on
+    the CPU, so that they can be tested themselves."""
+
+    device = os.environ.get("GPU_TESTS_ON", "cuda")
+
+    @classmethod
+    def setUpClass(cls):
+        if cls.device == "cuda" and not torch.cuda.is_available():
+            raise unittest.SkipTest("torch finds no GPU here")
+        NO_GPU.stop()
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # float32 is float32, to compare with the CPU's
+
+    @classmethod
+    def tearDownClass(cls):
+        del os.environ["NVIDIA_TF32_OVERRIDE"]
+        NO_GPU.start()
+
+    def train(self, out: str, device: str, more: str = "") -> dict:
+        """The checkpoint of one epoch of a ViT: without dropout, whose random numbers differ, and
+        without batch norm, which makes much of small differences."""
+        if not (TMP / "gpu-vit").exists():
+            tf.ViTConfig(**VISION).save_pretrained(TMP / "gpu-vit")
+        call(train_line(out, f"--arch {TMP}/gpu-vit --epochs 1 --device {device} {more}"))
+        return torch.load(TMP / out / "last.pt", map_location="cpu", weights_only=True)
+
+    def close(self, a: dict, b: dict, **tolerance) -> None:
+        for name, value in a.items():
+            torch.testing.assert_close(
+                value, b[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+    def caption(self, out: str, device: str, dtype: str) -> list[str]:
+        line = (
+            f"caption --data {WORLD}/train --out {TMP}/{out}.jsonl --model {MLLM} --dtype {dtype}"
+        )
+        call(f"{line} --prompt '{PROMPT}' --max-new-tokens 6 -j 0 --device {device}")
+        return [line["caption"] for line in read_lines(TMP / f"{out}.jsonl")]
+
+    def embed(self, out: str, device: str, dtype: str) -> np.ndarray:
+        line = f"embed --captions {CAPTIONS} --out {TMP}/{out}.npy --model {ENCODER}"
+        call(f"{line} --device {device} --dtype {dtype} --out-dtype float32")
+        return np.load(TMP / f"{out}.npy")
+
+    def test_four_stages_in_half_precision(self):
+        for dtype in "bfloat16", "float16":
+            with self.subTest(dtype):
+                captions = self.caption(f"gpu-{dtype}", self.device, dtype)
+                self.assertEqual((len(captions), "" in captions), (24, False))
+                rows = self.embed(f"gpu-rows-{dtype}", self.device, dtype)
+                np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-2)
+                more = f"--arch resnet18 --amp {dtype}"
+                state = self.train(f"gpu-train-{dtype}", self.device, more)
+                self.assertEqual("scale" in state["scaler"], dtype == "float16")
+                for weight in state["model"].values():
+                    self.assertNotEqual(weight.dtype, getattr(torch, dtype))
+                    self.assertTrue(weight.isfinite().all())
+                run = TMP / f"gpu-train-{dtype}/last.pt"
+                line = f"evaluate --data {WORLD}/val {run} -j 0 --device {self.device}"
+                self.assertIn("| 20 |", call(line))
+
+    def test_captions_and_embeddings(self):
+        captions = [self.caption(f"gpu-{d}", d, "float32") for d in ("cpu", self.device)]
+        self.assertEqual(*captions)
+        cpu, gpu = (self.embed(f"gpu-rows-{d}", d, "float32") for d in ("cpu", self.device))
+        self.assertGreater((cpu * gpu).sum(1).min(), 0.9999)
+        half = self.embed("gpu-rows-auto", self.device, "auto")  # float32 weights, under autocast
+        self.assertGreater((cpu * half).sum(1).min(), 0.99)
+
+    def test_losses_and_gradients(self):
+        for device in "cpu", self.device:
+            (TMP / f"losses-{device}").mkdir(exist_ok=True)
+            gradients_of_rank(0, 1, 16, f"{TMP}/losses-{device}", device)
+        cpu, gpu = (torch.load(TMP / f"losses-{d}/gradients-1.pt") for d in ("cpu", self.device))
+        self.close(cpu, gpu, rtol=1e-3, atol=1e-5)
+
+    def test_training_and_averages(self):
+        cpu = self.train("gpu-cpu", "cpu", "--ema-decay 0.5")
+        gpu = self.train("gpu-gpu", self.device, "--ema-decay 0.5 --amp off")
+        for part in "model", "ema", "projection":
+            self.close(cpu[part], gpu[part], rtol=1e-3, atol=1e-4)
+        line = f"evaluate --data {WORLD}/val {TMP}/gpu-gpu/last.pt -j 0 --out {TMP}/gpu-eval.jsonl"
+        for device in "cpu", self.device:
+            call(f"{line} --device {device}")
+        results = [result["top1"] for result in read_lines(TMP / "gpu-eval.jsonl")[-2:]]
+        self.assertAlmostEqual(*results)
+        self.assertAlmostEqual(gpu["val_top1"], results[0])
+
+    def test_resume(self):
+        more = "--amp off --epochs 2"
+        self.train("gpu-straight", self.device, more)
+        stop = unittest.mock.patch("train.report_unreadable", side_effect=[0, 0, KeyboardInterrupt])
+        with stop, self.assertRaises(KeyboardInterrupt):
+            self.train("gpu-stopped", self.device, more)
+        self.train("gpu-stopped", self.device, f"{more} --resume")
+        self.close(weights_of("gpu-straight"), weights_of("gpu-stopped"), rtol=1e-3, atol=1e-4)
+
+    def test_compile(self):
+        plain = self.train("gpu-plain", self.device, "--amp off")
+        compiled = self.train("gpu-compiled", self.device, "--amp off --compile")
+        self.close(plain["model"], compiled["model"], rtol=1e-3, atol=1e-4)
+
+    def test_out_of_memory_is_halved(self):
+        from caption import Describer
+
+        generate, sizes = Describer.generate, []
+
+        def greedy(describer, inputs, **changes):
+            sizes.append(len(inputs["input_ids"]))
+            if sizes[-1] > 3:
+                torch.empty(10**15, device=self.device)
+            return generate(describer, inputs, **changes)
+
+        with unittest.mock.patch.object(Describer, "generate", greedy):
+            captions = self.caption("gpu-memory", self.device, "float32")
+        self.assertEqual(len(captions), 24)
+        self.assertGreater(max(sizes), 3)
+
+    def test_two_gpus(self):
+        """NCCL's gradients are the single process's."""
+        if self.device == "cuda" and torch.cuda.device_count() < 2:
+            self.skipTest("torch finds one GPU here, not two")
+        (TMP / "losses-two").mkdir(exist_ok=True)
+        gradients_of_rank(0, 1, 16, f"{TMP}/losses-two", "cpu")
+        arguments = 2, 16, f"{TMP}/losses-two", self.device
+        torch.multiprocessing.spawn(gradients_of_rank, arguments, nprocs=2)
+        one, two = (torch.load(TMP / f"losses-two/gradients-{n}.pt") for n in (1, 2))
+        self.close(one, two, rtol=1e-3, atol=1e-5)
+
+
+def test_of(case) -> str:
+    """The test's own name, of one of its subtests."""
+    return getattr(case, "test_case", case).id()
+
+
 class Result(unittest.TextTestResult):
     passed = 0
 
@@ -2720,7 +2981,7 @@ class Result(unittest.TextTestResult):
 def main() -> None:
     runner = unittest.TextTestRunner(verbosity=2, resultclass=Result)
     result = unittest.main(exit=False, testRunner=runner).result
-    failed = len({str(test).split(" (")[0] for test, _ in result.failures + result.errors})
+    failed = len({test_of(test) for test, _ in result.failures + result.errors})
     print(f"{result.passed} passed, {failed} failed, {len(result.skipped)} skipped", flush=True)
     raise SystemExit(failed > 0)
 

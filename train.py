@@ -1050,10 +1050,14 @@ def train_epoch(args, run: Run, loader: DataLoader, epoch: int) -> dict:
     rng = np.random.default_rng(stream)  # mixing: all processes draw the same
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["scale"]
-    device, unreadable, start = run.mean.device, set(), time.perf_counter()
+    device, unreadable, wait = run.mean.device, set(), 0.0
+    finished = torch.cuda.Event() if device.type == "cuda" else None
     bar = tqdm(total=len(loader), unit="step", leave=False, mininterval=1, disable=args.rank > 0)
-    sums = torch.zeros(4, device=device)
+    sums, start = torch.zeros(4, device=device), time.perf_counter()
+    tick = start
     for step, (images, labels, texts, reasons) in enumerate(loader, 1):
+        if finished is None or finished.query():  # while the GPU still works, nothing is lost
+            wait += time.perf_counter() - tick
         unreadable.update(filter(None, reasons))
         if args.mae and labels.min() < 0:  # its error is of a whole batch: leave these out
             kept = labels >= 0 if labels.max() >= 0 else torch.arange(len(labels)) < 1
@@ -1067,6 +1071,9 @@ def train_epoch(args, run: Run, loader: DataLoader, epoch: int) -> dict:
             where = f"in the 50 steps up to step {step} of epoch {epoch + 1}"
             stop_unless(math.isfinite(loss + align), f"the loss {where} ({numbers})", args)
             bar.set_postfix_str(numbers, refresh=False)
+        if finished:
+            finished.record()
+        tick = time.perf_counter()
     bar.close()
     seconds, seen = time.perf_counter() - start, len(loader) * args.batch_size * args.world_size
     lost = report_unreadable(unreadable)
@@ -1081,7 +1088,8 @@ def train_epoch(args, run: Run, loader: DataLoader, epoch: int) -> dict:
         entry |= {"loss_ce": loss, "train_top1": 100 * hits / labelled}
     if args.embeddings:
         entry |= {"loss_align": align, "tau": run.net.log_temperature.exp().item()}
-    return entry | {"images_per_s": seen / seconds, "unreadable": lost}
+    entry |= {"images_per_s": seen / seconds, "data_wait": wait / seconds}
+    return entry | {"unreadable": lost}
 
 
 def global_sum(x: Tensor) -> Tensor:

@@ -534,6 +534,7 @@ def main() -> None:
     if args.rank == 0:
         report(results, [folder.root for folder in folders])
     if args.world > 1:
+        dist.barrier()  # torch 2.9's gloo may stand still where a gathering was its last work
         dist.destroy_process_group()
 
 
@@ -544,3 +545,8 @@ if __name__ == "__main__":
         raise SystemExit(f"{error.filename or 'evaluate.py'}: {error.strerror or error}") from error
     except KeyboardInterrupt:
         raise SystemExit("interrupted") from None
+    except RuntimeError as error:  # of a loading process that dies
+        if not re.search("killed by signal|shared memory|/torch_", str(error)):
+            raise
+        advice = "more of it (docker run --shm-size=8g), or a smaller -j"
+        raise SystemExit(f"/dev/shm may be too small: {advice}; {error!r:.200}") from error

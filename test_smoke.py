@@ -2107,7 +2107,8 @@ runpy.run_path({script!r}, run_name="__main__")"""
             self.assertLess(found[-1], 0.3 * lr)
         self.assertEqual(rates("--recipe finetune --epochs 1"), [0.01])
         self.assertEqual(rates("--recipe deit --epochs 2 -b 512")[1], 5e-4)
-        self.assertEqual(rates("--recipe llm2clip -b 8")[0], 1e-5)
+        texts = "--captions c --embeddings e"
+        self.assertEqual(rates(f"--recipe llm2clip -b 8 {texts}")[0], 1e-5)
         self.assertEqual(rates("--lr 1 --min-lr 0.5 --epochs 3")[0], 1)
         self.refused(
             "no rate for --optimizer adamw: pass --lr",

@@ -42,6 +42,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -229,6 +230,8 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.mae and (args.embeddings or args.mixup or args.cutmix):
         p.error("--mae learns from images alone: no --captions, no --mixup, no --cutmix")
     if not args.embeddings:
+        if args.recipe == "llm2clip":
+            p.error("--recipe llm2clip aligns with texts: pass --captions and --embeddings")
         refuse_idle(NEED_TEXT, "--captions and --embeddings")
     if args.init and args.pretrained:
         p.error("--init and --pretrained exclude each other: --no-pretrained, for this recipe")
@@ -626,8 +629,9 @@ def build_transformers(args: argparse.Namespace, outputs: int, labels: bool) -> 
         raise SystemExit(f"--arch {args.arch}: no {what}: {first_line(error)}") from error
     size = getattr(getattr(config, "vision_config", config), "image_size", 224)
     found["input_size"] = args.input_size or (size if isinstance(size, int) else size[0])
+    model.float().config.dtype = torch.float32
     found["rebuild"] = {"class": type(model).__name__, "config": model.config.to_dict()}
-    return model.float(), found
+    return model, found
 
 
 def adapt_config(config: transformers.PreTrainedConfig, args: argparse.Namespace) -> None:
@@ -1214,6 +1218,8 @@ def main() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         # PR_SET_PDEATHSIG: no rank outlives a torchrun that is killed, writing beside its successor
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
+            raise SystemExit("torchrun was killed before this process had started")
     if args.rank > 0:
         sys.stdout = io.StringIO()  # print() is for process 0
     if args.device == "cpu" and args.world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -1253,6 +1259,7 @@ def main() -> None:
         save_reconstruction(run, loader.dataset, f"{args.out}/reconstruction.png")
     print(f"{args.out}/last.pt: {args.epochs} epochs")
     if args.world_size > 1:
+        dist.barrier()  # torch 2.9's gloo may stand still where a gathering was its last work
         dist.destroy_process_group()
 
 

@@ -209,10 +209,11 @@ def most_tokens(model: nn.Module, *limits: int | None) -> int:
     return min(limit for limit in limits if limit not in (None, -1))
 
 
-def half_precision(device: torch.device) -> torch.dtype:
-    """bfloat16 if the GPU has it: some models (EmbeddingGemma) overflow float16."""
-    has = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has else torch.float16
+def half_precision(training: bool) -> torch.dtype:
+    """bfloat16 if the GPU has it, since some models (EmbeddingGemma) overflow float16; and where it
+    is slow, too, for training: float16 would need a scaled loss."""
+    fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast or training else torch.float16
 
 
 class TextEncoder(nn.Module):
@@ -222,7 +223,7 @@ class TextEncoder(nn.Module):
 
     `pooling` (a value of POOLINGS), `prefix`, `suffix` and `max_length` (in tokens) are what its
     files say where None. `pool_prefix=False`: the mean leaves out the prefix and BOS before it.
-    `bidirectional`: an LLM's tokens attend to later ones, too. ValueError says what it cannot do."""
+    `bidirectional`: an LLM's tokens attend to later ones, too. ValueError if that cannot be."""
 
     def __init__(
         self,
@@ -330,15 +331,14 @@ class TextEncoder(nn.Module):
         """Unit vectors [B, D], float32, of B lists (or arrays) of token ids."""
         lengths, device = torch.tensor([len(row) for row in token_ids]), self.model.device
         longest, full = int(lengths.max()), bool((lengths == lengths[0]).all())
-        rows, pad = [torch.tensor(row) for row in token_ids], self.tokenizer.pad_token_id or 0
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in token_ids], batch_first=True)
         gpu = device.type == "cuda"  # which works on the batch before, and is not waited for
         ids, lengths = (x.to(device, non_blocking=gpu) for x in (ids, lengths))
         position = torch.arange(longest, device=device)
         kept = position < lengths[:, None]  # [B, T]
         mask = None if full else kept.long()
         half = gpu and self.dtype == "auto" and self.model.dtype == torch.float32
-        with torch.autocast(device.type, half_precision(device), enabled=half):
+        with torch.autocast(device.type, half_precision(self.training), enabled=half):
             if self.pooling == "projection":
                 features = self.model.get_text_features(input_ids=ids, attention_mask=mask)
                 return F.normalize(getattr(features, "pooler_output", features).float(), dim=-1)
@@ -502,9 +502,9 @@ def describe(encoder: TextEncoder, captions: str, out_dtype: str) -> dict:
 
 
 def lines_of_captions(file: str) -> Iterator[dict[str, list[int]]]:
-    """{caption: numbers of its lines} of 32768 lines at a time; equal ones are encoded once."""
+    """{caption: numbers of its lines} of 16384 lines at a time; equal ones are encoded once."""
     lines = enumerate(caption for _, caption in read_captions(file))
-    while chunk := list(itertools.islice(lines, 32768)):
+    while chunk := list(itertools.islice(lines, 16384)):
         lines_of = {}
         for line, caption in chunk:
             lines_of.setdefault(caption, []).append(line)
@@ -605,7 +605,7 @@ def main() -> None:
         torch.manual_seed(args.seed)
         tune(encoder, batches, args.tune_lr, args.lora_rank)
         recall = f"{before:.1f} % before, {caption_recall(encoder, held_out):.1f} % after"
-        print(f"{args.tuned_out}: caption-to-caption recall@1 of {len(held_out)} images {recall}")
+        print(f"{args.tuned_out}: recall@1 of {len(held_out)} held-out images' captions {recall}")
         save_encoder(encoder, args.tuned_out)
         del encoder  # its folder says how it is used
         encoder = load(args.tuned_out)

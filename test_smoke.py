@@ -1356,54 +1356,60 @@ class Embedding(Base):
         files = ["--captions", captions, "--out", TMP / "x.npy", "--model", model]
         self.refused(pattern, "embed", *files, *options)
 
-    def check_kind(self, name: str, model, tokenizer, reference, *options) -> None:
-        """Rows of a model against `reference(token ids [1, T])`, one caption at a time."""
-        captions = ["a red circle", "a", "a large red circle at the top on a black background"]
-        captions.append("blue star")
-        file, out = TMP / "kinds.jsonl", f"kinds-{name}.npy"
+    def check(self, captions: list[str], model: Path, reference, *options) -> str:
+        """A model's rows against `reference(caption)`, one at a time; what was printed."""
+        file, options = TMP / "check.jsonl", ["--out-dtype", "float32", *options]
         write_lines(file, [{"image": "x", "caption": caption} for caption in captions])
-        for part in (model.eval(), tokenizer):
-            part.save_pretrained(TMP / f"encoder-{name}")
-        self.embed(file, out, TMP / f"encoder-{name}", "--out-dtype", "float32", *options)
-        for caption, row in zip(captions, np.load(TMP / out), strict=True):
-            prefix = "describe " * (name == "llama")
-            cut = {"truncation": name == "clip", "max_length": 10}
-            ids = torch.tensor([tokenizer(prefix + caption, **cut)["input_ids"]])
+        printed = self.embed(file, "check.npy", model, *options)
+        for caption, row in zip(captions, np.load(TMP / "check.npy"), strict=True):
             with torch.inference_mode():
-                want = F.normalize(reference(ids), dim=0).numpy()
+                want = F.normalize(reference(caption), dim=0).numpy()
             np.testing.assert_allclose(row, want, atol=2e-5)
+        return printed
 
     def test_kinds_of_encoders(self):
-        """CLIP's projected text features, a decoder's last token, T5's encoder."""
-        torch.manual_seed(0)
+        """CLIP's and SigLIP's projected text features, a decoder's last token, T5's encoder, and
+        positions that begin behind the padding index (so that 12 of them are for 10 tokens)."""
+        import embed
+
         tokenizer = tokens("[BOS] $A [EOS]")
         text_config = text(tokenizer, max_position_embeddings=10)
         towers = {"text_config": text_config, "vision_config": VISION}
         clip = tf.CLIPModel(tf.CLIPConfig(**towers, projection_dim=16))
+        siglip = tf.SiglipModel(tf.SiglipConfig(**towers))
         llama = tf.LlamaModel(tf.LlamaConfig(**text(tokenizer)))
+        mpnet = tf.MPNetModel(tf.MPNetConfig(**text(tokenizer, max_position_embeddings=12)))
         sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
         special = {"pad_token_id": 0, "decoder_start_token_id": 0}
         t5 = tf.T5Model(tf.T5Config(vocab_size=len(tokenizer), **sizes, **special))
 
-        def features(ids):
-            return clip.get_text_features(input_ids=ids).pooler_output[0]
+        def ids(text: str, most: int = 10, **options) -> torch.Tensor:
+            row = tokenizer(text, truncation=True, max_length=most, **options)["input_ids"]
+            return torch.tensor([row])
 
-        def last_token(ids):
-            return llama(ids).last_hidden_state[0, -1]
+        def siglips(text: str) -> torch.Tensor:
+            return siglip.get_text_features(ids(text.lower(), padding="max_length"))[1][0]
 
-        def encoder_mean(ids):
-            return t5.get_encoder()(ids).last_hidden_state[0].mean(0)
-
-        with self.subTest("clip"):
-            self.check_kind("clip", clip, tokenizer, features)
-        with self.subTest("llama"):
-            options = ["--pooling", "last", "--prefix", "describe "]
-            self.check_kind("llama", llama, tokenizer, last_token, *options)
-        with self.subTest("t5"):
-            self.check_kind("t5", t5, tokenizer, encoder_mean)
+        captions = ["a red circle", "a", "a large red circle at the top on a black background"]
+        last = ["--prefix", "the ", "--pooling", "last"]
+        for name, model, reference, options in (
+            ("clip", clip, lambda text: clip.get_text_features(ids(text))[1][0], []),
+            ("siglip", siglip, siglips, []),
+            ("mpnet", mpnet, lambda text: mpnet(ids(text))[0][0].mean(0), []),
+            ("llama", llama, lambda text: llama(ids("the " + text, 99))[0][0, -1], last),
+            ("t5", t5, lambda text: t5.get_encoder()(ids(text, 99))[0][0].mean(0), []),
+        ):
+            with self.subTest(name):
+                for part in (model.eval(), tokenizer):
+                    part.save_pretrained(TMP / f"encoder-{name}")
+                self.check([*captions, "blue STAR"], TMP / f"encoder-{name}", reference, *options)
+        for has, want in (True, torch.bfloat16), (False, torch.float16):
+            with unittest.mock.patch("torch.cuda.is_bf16_supported", return_value=has):
+                self.assertEqual(embed.half_precision(training=False), want)
 
     def test_sentence_transformers_folder(self):
-        """Prompt, lower case, limit, cls pooling and a Dense module, read from the files."""
+        """Prompt, lower case, limit, cls pooling and a Dense module, read from the files; a prompt
+        that is not pooled, and older weights, from which no code is run."""
         from safetensors.torch import save_file
 
         folder = TMP / "sentence"
@@ -1427,25 +1433,33 @@ class Embedding(Base):
             (folder / name).write_text(json.dumps(content))
         weights = {f"linear.{name}": value for name, value in dense.state_dict().items()}
         save_file(weights, folder / "2_Dense/model.safetensors")
-        captions = ["A RED circle", "star", "a large red circle at the top"]
-        write_lines(TMP / "st.jsonl", [{"image": "x", "caption": text} for text in captions])
-        self.embed(TMP / "st.jsonl", "st.npy", folder, "--out-dtype", "float32")
+        captions = ["A RED circle", "star", "a large red circle at the top", ""]
         model = tf.BertModel.from_pretrained(ENCODER, add_pooling_layer=False).eval()
         tokenizer = tf.PreTrainedTokenizerFast.from_pretrained(ENCODER)
-        for caption, row in zip(captions, np.load(TMP / "st.npy"), strict=True):
+
+        def reference(caption: str, first: int = 0) -> torch.Tensor:
             ids = tokenizer("a photo of " + caption.lower())["input_ids"][:6]
-            with torch.inference_mode():
-                state = model(torch.tensor([ids])).last_hidden_state[0, 0]
-                want = F.normalize(torch.tanh(dense(state)), dim=0)
-            np.testing.assert_allclose(row, want.numpy(), atol=1e-5)
-        changes = {"pooling max_tokens is not": {"pooling_mode_max_tokens": True}}
-        changes["cls and mean is not"] = pooling | {"pooling_mode_mean_tokens": True}
-        changes["leaves out the prompt"] = pooling | {"include_prompt": False}
-        for pattern, change in changes.items():
-            (folder / "1_Pooling/config.json").write_text(json.dumps(change))
-            self.refuses(pattern, TMP / "st.jsonl", folder)
+            state = model(torch.tensor([ids])).last_hidden_state[0, min(first, len(ids) - 1)]
+            return torch.tanh(dense(state))
+
+        self.check(captions, folder, reference)
+        (folder / "2_Dense/model.safetensors").unlink()
+        torch.save(weights, folder / "2_Dense/pytorch_model.bin")
+        without = {"pooling_mode": "cls", "include_prompt": False}
+        (folder / "1_Pooling/config.json").write_text(json.dumps(without))
+        self.check(captions, folder, functools.partial(reference, first=3))
+        torch.save(weights | {"code": Base}, folder / "2_Dense/pytorch_model.bin")
+        self.refuses("UnpicklingError: Weights only", CAPTIONS, folder)
+        torch.save(weights, folder / "2_Dense/pytorch_model.bin")
+        for file, pattern, change in (
+            ("1_Pooling/", "pooling max_tokens is not", {"pooling_mode_max_tokens": True}),
+            ("1_Pooling/", "cls and mean is not", pooling | {"pooling_mode_mean_tokens": True}),
+            ("sentence_bert_", "wants chat messages", {"modality_config": {"message": {}}}),
+        ):
+            (folder / f"{file}config.json").write_text(json.dumps(change))
+            self.refuses(pattern, CAPTIONS, folder)
         (folder / "modules.json").write_text(json.dumps([{"path": "", "type": "models.CNN"}]))
-        self.refuses("module CNN is not", TMP / "st.jsonl", folder)
+        self.refuses("module CNN is not", CAPTIONS, folder)
 
     def test_the_commit_of_a_hub_model(self):
         """A branch that moves is another model; the commit is what is loaded and recorded."""
@@ -1464,21 +1478,69 @@ class Embedding(Base):
             rows, direct = (np.load(TMP / f"{name}.npy") for name in ("hub", "direct"))
             self.assertTrue(np.array_equal(rows, direct))
 
+    def save_llama(self, name: str) -> tuple[tf.LlamaModel, tf.PreTrainedTokenizerFast]:
+        """A random LLM, its vectors far apart, and a tokenizer that puts BOS in front."""
+        tokenizer = tokens("[BOS] $A")
+        llama = tf.LlamaModel(tf.LlamaConfig(**text(tokenizer, initializer_range=0.2))).eval()
+        for part in (llama, tokenizer):
+            part.save_pretrained(TMP / name)
+        return llama, tokenizer
+
+    def test_llm2clip(self):
+        """Its published LLM's texts against plain transformers, a caption at a time: all tokens see
+        each other, the mean leaves out BOS and header, a long caption keeps its end-of-turn."""
+        llama, tokenizer = self.save_llama("llm")
+        captions = ["a red circle", "star", "", "large star at the top " * 10, " blue cross\n"]
+        write_lines(TMP / "llm.jsonl", [{"image": "x", "caption": text} for text in captions])
+        want = []
+        for caption in captions:
+            ids = [
+                *tokenizer(f"USER ASSISTANT {caption}")["input_ids"][:19],
+                tokenizer.eos_token_id,
+            ]
+            mask = torch.zeros(1, 1, len(ids), len(ids))  # is added to the attention's logits
+            with torch.inference_mode():
+                states = llama(torch.tensor([ids]), attention_mask=mask).last_hidden_state[0]
+            want.append(F.normalize(states[3:].mean(0), dim=0).numpy())
+
+        def cosines(*options) -> np.ndarray:
+            frame = ["--prefix", "USER ASSISTANT ", "--suffix", " [EOS]", "--no-pool-prefix"]
+            frame += ["--max-length", 20, "--out-dtype", "float32"]
+            self.embed(TMP / "llm.jsonl", "llm.npy", TMP / "llm", *frame, *options)
+            return (np.load(TMP / "llm.npy") * np.stack(want)).sum(1)
+
+        for size in ("--batch-tokens=1", "--batch-tokens=1000"):  # unpadded and padded
+            self.assertGreater(cosines("--bidirectional", size).min(), 0.99999)
+            self.assertLess(cosines(size).max(), 0.999)
+        llama.config.is_causal = False
+        llama.save_pretrained(TMP / "llm")
+        self.assertGreater(cosines().min(), 0.99999)
+        identity = {"bidirectional": True, "unpooled": 3, "suffix": " [EOS]"}
+        self.assertLessEqual(identity.items(), json.loads((TMP / "llm.json").read_text()).items())
+        self.refuses("no effect", CAPTIONS, ENCODER, "--bidirectional")
+        self.refuses("there is no prefix", CAPTIONS, ENCODER, "--no-pool-prefix")
+        self.refuses("4 tokens leave none", CAPTIONS, ENCODER, "--max-length=4", "--prefix=a a a a")
+
     def test_caption_contrastive_tuning(self):
+        """Recall rises, and the tuned folder says all that is to be known of it."""
         pairs = TMP / "pairs.jsonl"
         write_two_captions(pairs, 300)
+        save_text_encoder(TMP / "bert", seed=1)
+        self.save_llama("llama")
         options = ["--tune-epochs", 6, "--tune-batch", 32, "--tune-lr", 0.003, "--pooling", "mean"]
-        for rank in (0, 4):
-            with self.subTest(rank=rank):
-                save_text_encoder(TMP / "untuned", seed=1)
-                tuned = ["--tuned-out", TMP / f"tuned-{rank}", "--lora-rank", rank]
-                printed = self.embed(pairs, f"tuned-{rank}.npy", TMP / "untuned", *options, *tuned)
+        frame = ["--prefix", "USER ", "--suffix", " [EOS]", "--no-pool-prefix", "--bidirectional"]
+        saved = {"prefix": "USER ", "suffix": " [EOS]", "unpooled": 2, "bidirectional": True}
+        for model, rank, more in ("bert", 0, []), ("bert", 4, []), ("llama", 4, frame):
+            with self.subTest(model, rank=rank):
+                tuned = [*more, "--tuned-out", TMP / f"tuned-{rank}", "--lora-rank", rank]
+                printed = self.embed(pairs, f"tuned-{rank}.npy", TMP / model, *options, *tuned)
                 found = re.search(r"([\d.]+) % before, ([\d.]+) % after", printed)
                 before, after = map(float, found.groups())
                 self.assertGreater(after, before + 10)
                 self.embed(pairs, f"again-{rank}.npy", TMP / f"tuned-{rank}")
                 again, first = (TMP / f"{name}-{rank}.npy" for name in ("again", "tuned"))
                 self.assertEqual(again.read_bytes(), first.read_bytes())
+        self.assertLessEqual(saved.items(), json.loads((TMP / "again-4.json").read_text()).items())
         write_lines(TMP / "single.jsonl", [{"image": f"{i}", "caption": "a"} for i in range(100)])
         self.refuses("0 of 100 images have them", TMP / "single.jsonl", ENCODER, "--tune-epochs", 1)
 
@@ -1496,41 +1558,34 @@ class Embedding(Base):
             want -= v[i] @ v[partner] / 0.05
         loss = embed.caption_contrastive_loss(vectors, texts)
         self.assertAlmostEqual(loss.item(), want / 6, places=4)
-        layer = torch.nn.Sequential(torch.nn.Linear(5, 3))
-        x, weight = torch.randn(2, 5), layer[0].weight.detach().clone()
-        before = layer(x)
-        lora = embed.add_lora(layer, 2)[0].parametrizations.weight[0]
+        linear, x = torch.nn.Linear(5, 3).requires_grad_(False), torch.randn(2, 5)
+        layer, before, w = embed.LoRA(linear, 2), linear(x), linear.weight.clone().requires_grad_()
         torch.testing.assert_close(layer(x), before)  # B starts at zero
         layer(x).square().sum().backward()
-        w = weight.clone().requires_grad_()
-        full = torch.autograd.grad((x @ w.T + layer[0].bias).square().sum(), w)[0]
-        torch.testing.assert_close(lora.b.grad, 2 * full @ lora.a.T)  # d/dB of f(W + 2 B A)
-        trained = [name for name, p in layer.named_parameters() if p.requires_grad]
-        self.assertEqual(trained, [f"0.parametrizations.weight.0.{name}" for name in "ab"])
-        with torch.no_grad():
-            lora.b.normal_()
+        full = torch.autograd.grad((x @ w.T + linear.bias).square().sum(), w)[0]
+        torch.testing.assert_close(layer.b.weight.grad, 2 * full @ layer.a.weight.T)  # W + 2 B A
+        self.assertIsNone(linear.weight.grad)
+        layer.requires_grad_(False).b.weight.normal_()
         after = layer(x)
-        torch.nn.utils.parametrize.remove_parametrizations(layer[0], "weight")
-        torch.testing.assert_close(layer(x), after)
+        torch.testing.assert_close(layer.merged()(x), after)
+        self.assertFalse(torch.equal(before, after))
 
     def test_rows_against_plain_transformers(self):
-        file = TMP / "odd.jsonl"
-        texts = ["a red circle", "", "a", "star " * 200]
-        texts += ["a large red circle at the top on a black background", "a red circle"]
-        texts += ["ünknown 漢字"]
-        write_lines(file, [{"image": "x", "caption": text} for text in texts])
-        options = ["--out-dtype", "float32", "--batch-tokens", 30]
-        printed = self.embed(file, "odd.npy", ENCODER, *options)
-        self.assertIn("6 different captions", printed)
-        self.assertIn("1 captions were cut at 64 tokens, by 136 at the median", printed)
+        import embed
+
         model = tf.BertModel.from_pretrained(ENCODER, add_pooling_layer=False).eval()
         tokenizer = tf.PreTrainedTokenizerFast.from_pretrained(ENCODER)
-        for text, row in zip(texts, np.load(TMP / "odd.npy"), strict=True):
-            ids = torch.tensor([tokenizer(text)["input_ids"][:64]], dtype=torch.long)
-            if ids.numel():
-                with torch.inference_mode():
-                    want = F.normalize(model(ids).last_hidden_state[0].mean(0), dim=0).numpy()
-                np.testing.assert_allclose(row, want, atol=1e-5)
+
+        def reference(caption: str) -> torch.Tensor:  # at least a token
+            ids = torch.tensor([tokenizer(caption)["input_ids"][:64] or [tokenizer.pad_token_id]])
+            return model(ids).last_hidden_state[0].mean(0)
+
+        captions = ["a red circle", "", "a", "star " * 200, "ünknown 漢字"]
+        captions += ["a large red circle at the top on a black background", " a red circle\n"]
+        printed = self.check(captions, ENCODER, reference, "--batch-tokens", 30)
+        self.assertIn("1 captions were cut at 64 tokens", printed)
+        (lines_of,) = embed.lines_of_captions(TMP / "check.jsonl")
+        self.assertEqual(list(lines_of.values()), [[0, 6], [1], [2], [3], [4], [5]])
 
     def test_killed_and_restarted(self):
         file, rng = TMP / "long.jsonl", random.Random(0)
@@ -1555,35 +1610,74 @@ class Embedding(Base):
         self.assertIn("nothing to do", call("embed", *options))
         self.assertEqual(list(TMP.glob("killed.npy.tmp*")), [])
 
-    def test_killed_between_the_rows_and_their_description(self):
+    def test_killed_while_the_rows_get_their_name(self):
+        """Or their description. What is done stays done, if with smaller batches."""
+        file, replace = TMP / "ten.jsonl", os.replace
+        write_lines(file, [{"image": "x", "caption": f"a {word}"} for word in [*COLORS, *SHAPES]])
+        for last in TMP / "between.npy", TMP / "before.json":
+            out = last.with_suffix(".npy")
+
+            def killed(source: str, destination: str, last=str(last)) -> None:
+                if destination == last:
+                    raise KeyboardInterrupt
+                replace(source, destination)
+
+            with unittest.mock.patch("os.replace", killed), self.assertRaises(KeyboardInterrupt):
+                self.embed(file, out.name, ENCODER)
+            rows = np.lib.format.open_memmap(f"{out}.tmp", "r+")
+            done = np.memmap(f"{out}.tmp.done", np.uint8, "r+")
+            rows[::2] *= -1  # a mark
+            want, rows[1::2], done[1::2] = rows.copy(), 0, 0
+            del rows, done
+            self.embed(file, out.name, ENCODER, "--batch-tokens", 6)
+            np.testing.assert_allclose(np.load(out).astype(float), want.astype(float), atol=1e-3)
+
+    def test_lines_that_are_wrong(self):
+        bad, good = TMP / "bad.jsonl", '{"image": "a", "caption": "b"}'
+        for line, pattern in (
+            ('{"image": "a"}', '"caption" is missing'),
+            ('{"image": "a", "caption": ["b"]}', r'"caption" is \["b"\], not a string'),
+            ('{"image": "a", "caption": null}', '"caption" is null'),
+            ('{"image": 3, "caption": "b"}', '"image" is 3'),
+            ('["a", "b"]', "is no JSON object"),
+            ('{"image": ', "is not JSON in UTF-8"),
+            ("\ufeff" + good, "begins with a byte order mark"),
+        ):
+            bad.write_text(f"{good}\n{line}\n")
+            self.refuses(f"line 2:?.* {pattern}", bad, ENCODER)
+
+    def test_models_that_are_not_whole(self):
+        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+        wider = json.loads((ENCODER / "config.json").read_text()) | {"intermediate_size": 256}
+        for name, content, pattern in (
+            ("tokenizer.json", pointer, "cannot load it: JSONDecodeError"),
+            ("model.safetensors", pointer, "cannot load it: SafetensorError"),
+            ("config.json", json.dumps(wider), "3 weights are missing or misshapen"),
+        ):
+            shutil.copytree(ENCODER, TMP / "parts", dirs_exist_ok=True)
+            (TMP / "parts" / name).write_text(content)
+            self.refuses(pattern, CAPTIONS, TMP / "parts")
+        shutil.copytree(ENCODER, TMP / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+        self.refuses("its tokenizer knows no words", CAPTIONS, TMP / "mute")
+
+    def test_what_is_copied_runs_alone(self):
+        """What README's "Copy a stage" names, in an empty module."""
         import embed
 
-        out, write_json = TMP / "between.npy", embed.write_json
-
-        def killed(file: str, content) -> None:
-            if file == str(TMP / "between.json"):
-                raise KeyboardInterrupt
-            write_json(file, content)
-
-        with unittest.mock.patch("embed.write_json", killed), self.assertRaises(KeyboardInterrupt):
-            self.embed(CAPTIONS, out.name, ENCODER)
-        rows = np.lib.format.open_memmap(out, "r+")
-        rows[0] *= -1  # a mark: nothing is done again
-        want = rows.copy()
-        del rows
-        self.embed(CAPTIONS, out.name, ENCODER)
-        self.assertTrue(np.array_equal(np.load(out), want))
-        self.assertTrue((TMP / "between.json").exists())
-
-    def test_an_empty_caption_without_special_tokens(self):
-        write_lines(TMP / "empty.jsonl", [{"image": "x", "caption": ""}])
-        self.embed(TMP / "empty.jsonl", "empty.npy", ENCODER)
-        self.assertTrue(np.isfinite(np.load(TMP / "empty.npy")).all())
+        readme, source = (HERE / "README.md").read_text(), inspect.getsource(embed)
+        pattern = r"embedding: `(\w+)`, and\s+`(\w+)`\s+to\s+`(\w+)`"
+        constant, first, last = re.search(pattern, readme).groups()
+        lines = re.findall(rf"^(?:import|from|{constant} =) .*", source, re.MULTILINE)
+        start, end = source.index(f"def {first}("), source.index(f"class {last}(")
+        exec("\n".join([*lines, source[start : source.index("\n\n\n", end)]]), module := {})
+        encoder = module[last](str(ENCODER), pooling="cls", prefix="a ", max_length=9)
+        self.assertEqual(encoder(encoder.tokenize(["red star", "star"])[0]).shape, (2, 64))
 
     def test_refusals(self):
         bad = TMP / "bad.jsonl"
-        bad.write_text('{"image": "a", "caption": "b"}\n{"image": "a"}\n')
-        self.refuses("line 2", bad, ENCODER)
+        nodes = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+        with unittest.mock.patch.dict(os.environ, nodes):
+            self.refuses("on one machine", CAPTIONS, ENCODER)
         self.refuses("No such file", TMP / "nowhere.jsonl", ENCODER)
         self.refuses("no such folder", CAPTIONS, TMP / "nowhere")
         self.refuses("cannot load", CAPTIONS, TMP)

@@ -583,6 +583,8 @@ def main() -> None:
     args = parse_args()
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, 9)  # no rank outlives a killed torchrun, beside its successor
+        if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
+            raise SystemExit("torchrun was killed before this process had started")
     if args.world > 1:  # only for waiting: a rank may be hours ahead of another
         dist.init_process_group("gloo", timeout=timedelta(days=7))
     count = sum(1 for _ in read_captions(args.captions))  # all are read before a model is loaded

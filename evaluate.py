@@ -37,7 +37,7 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 FIELDS = ("checkpoint", "arch", "epoch", "selected", "images")  # of a result, shown as they are
-ENCODER = ("width", "pooling", "prefix", "weights_sha256")  # what texts have in common
+ENCODER = ("width", "pooling", "prefix", "suffix", "unpooled", "bidirectional", "weights_sha256")
 PUBLISHED = torchvision.models.list_models(torchvision.models)
 
 
@@ -324,8 +324,8 @@ class Checkpoint(nn.Module):
     def load_heads(self, encoder: dict) -> None:
         """train.py's head h (without labels there is none) and text adapter, if there is one."""
         trained_on = self.state["settings"].get("text") or {"model": "no captions"}
-        for name in ENCODER:
-            if encoder.get(name) != trained_on.get(name):
+        for name in ENCODER:  # what these texts and those of the training have in common
+            if (encoder.get(name) or None) != (trained_on.get(name) or None):
                 what = f"has another {name} than {trained_on['model']}, of {self.file}'s training"
                 raise SystemExit(f"{encoder['file']} {what}")
         self.head, heads = nn.Identity(), self.state["heads"]

@@ -422,7 +422,11 @@ PRESET = torchvision.transforms._presets.ImageClassification(crop_size=32, resiz
 
 # The tests are of the CPU, whatever else there is, as is what they start; but those of OnGPU.
 NO_GPU = unittest.mock.patch("torch.accelerator.current_accelerator", return_value=None)
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def one_core() -> dict[str, str]:
+    """The environment of what a test starts."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def setUpModule() -> None:
@@ -578,7 +582,7 @@ def shell(line: str, *options, processes: int = 1) -> str:
         command(line, *options, processes=processes),
         capture_output=True,
         text=True,
-        env=ONE_THREAD,
+        env=one_core(),
     )
     if result.returncode:
         raise AssertionError(f"{line} failed:\n{result.stderr[-3000:]}")
@@ -592,7 +596,7 @@ def kill_when(ready, line: str, *options, processes: int = 1) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        env=ONE_THREAD,
+        env=one_core(),
     )
     try:
         deadline = time.time() + 120
@@ -747,6 +751,28 @@ class EveryScript(Base):
                 for script in "caption", "embed", "train", "evaluate":
                     line = f"{script} --data {WORLD} --out x" if script != "embed" else script
                     self.refused("do not fit", line, *["x.pt"] * (script == "evaluate"))
+
+    def test_lines(self):
+        """What is wrong with a line is told in a sentence, by embed.py and train.py."""
+        read = self.copies("read_captions", "embed", "train")
+        file, good = TMP / "lines.jsonl", b'{"image": "a", "caption": " b "}\n'
+        file.write_bytes(good)
+        self.assertEqual(list(read(str(file))), [("a", "b")])
+        for line, sentence in (
+            (b'{"image": "a", "caption": ["b", "c"]}', 'its "caption" is .*, not a string'),
+            (b'{"image": "a", "caption": null}', 'its "caption" is null'),
+            (b'{"image": 7, "caption": "b"}', 'its "image" is 7'),
+            (b'{"image": "a"}', 'its "caption" is missing'),
+            (b"\xef\xbb\xbf" + good, "byte order mark"),
+            (b'["a", "b"]', "is no JSON object"),
+            (b"a: b", "is not JSON"),
+            (b'{"image": "\xff", "caption": "b"}', "is not JSON in UTF-8"),
+        ):
+            file.write_bytes(good + line + b"\n")
+            wrong = f"line 2.*{sentence}"
+            self.assertRaisesRegex(SystemExit, wrong, lambda: list(read(str(file))))
+        files = f"--captions {file} --embeddings {EMBEDDINGS}"
+        self.refused("line 2", train_line("x", files, text=False))
 
     def test_devices(self):
         """What torch finds is the default; a process takes the GPU of its own, or the named one."""
@@ -1974,7 +2000,7 @@ runpy.run_path({script!r}, run_name="__main__")"""
                 line = line_of(f"{name}{processes}", f"--seed 3 -b {batch} -j 1")
                 words = command(line, processes=processes)
                 words[words.index(script)] = str(TMP / "no_dropout.py")
-                subprocess.run(words, check=True, capture_output=True, env=ONE_THREAD)
+                subprocess.run(words, check=True, capture_output=True, env=one_core())
             self.same_weights(f"{name}1", f"{name}2", rtol=1e-3, atol=1e-5)
         random = torchvision.models.squeezenet1_1(num_classes=4).state_dict()["classifier.1.weight"]
         self.assertFalse(torch.equal(weights_of("world1")["classifier.1.weight"], random))
@@ -2249,9 +2275,9 @@ runpy.run_path({str(HERE / "train.py")!r}, run_name="__main__")"""
         )
         words = command(train_line("node-", "--epochs 1 -b 4 --resume"), processes=2)
         words[words.index(str(HERE / "train.py"))] = str(TMP / "nodes.py")
-        subprocess.run(words, check=True, capture_output=True, env=ONE_THREAD)
+        subprocess.run(words, check=True, capture_output=True, env=one_core())
         self.assertTrue((TMP / "node-0/last.pt").exists())
-        result = subprocess.run(words, capture_output=True, text=True, env=ONE_THREAD)
+        result = subprocess.run(words, capture_output=True, text=True, env=one_core())
         self.assertNotEqual(result.returncode, 0)
         sentence = r"processes found it after \[0, 1\] epochs: copy the latest one to all nodes"
         self.assertRegex(result.stderr, sentence)

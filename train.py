@@ -310,18 +310,26 @@ def key_of(path: str, data: str) -> str:
 
 
 def read_captions(file: str) -> Iterator[tuple[str, str]]:
-    """(image, caption) of a jsonl file in order; a line without them is an error that names it."""
+    """(image, stripped caption) of each line; SystemExit says what is wrong with one, and where."""
     if not os.path.isfile(file) or not os.path.getsize(file):
         raise SystemExit(f"{file}: No such file, or it is empty: run caption.py first")
     with open(file, "rb") as stream:
         for number, line in enumerate(stream, 1):
+            wrong = f"{file}, line {number}"
+            if line.startswith(b"\xef\xbb\xbf"):
+                raise SystemExit(f"{wrong} begins with a byte order mark: save it without (UTF-8)")
             try:
-                entry = json.loads(line)
-                image, caption = entry["image"], entry["caption"].encode("utf-8", "replace")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                wrong = f'line {number}: no JSON object with an "image" and a "caption" ({error!r})'
-                raise SystemExit(f"{file}, {wrong}: is caption.py done with it?") from error
-            yield image, caption.decode()  # no lone surrogates: they would stop the tokenizer
+                entry = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
+                raise SystemExit(f"{wrong} is not JSON in UTF-8: is caption.py done?") from error
+            if not isinstance(entry, dict):
+                raise SystemExit(f"{wrong} is no JSON object with an image and a caption")
+            for name in "image", "caption":
+                if not isinstance(entry.get(name), str):
+                    value = json.dumps(entry[name])[:50] if name in entry else "missing"
+                    raise SystemExit(f'{wrong}: its "{name}" is {value}, not a string')
+            caption = entry["caption"].encode("utf-8", "replace")  # lone surrogates stop tokenizers
+            yield entry["image"], caption.decode().strip()
 
 
 class Captions:

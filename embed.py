@@ -139,12 +139,10 @@ def read_captions(file: str) -> Iterator[tuple[str, str]]:
     with open(file, "rb") as stream:
         for number, line in enumerate(stream, 1):
             wrong = f"{file}, line {number}"
-            if line.startswith(b"\xef\xbb\xbf"):
-                raise SystemExit(f"{wrong} begins with a byte order mark: save it without (UTF-8)")
             try:
                 entry = json.loads(line.decode())
             except (ValueError, RecursionError) as error:
-                raise SystemExit(f"{wrong} is not JSON in UTF-8: is caption.py done?") from error
+                raise SystemExit(f"{wrong} is not JSON in UTF-8: {error}") from error
             if not isinstance(entry, dict):
                 raise SystemExit(f"{wrong} is no JSON object with an image and a caption")
             for name in "image", "caption":

@@ -131,26 +131,24 @@ def load_image(path: str) -> Image.Image:
         return image.convert("RGB")
 
 
-def hidden(name: str) -> bool:
-    """Of editors, of macOS' archives, or our own parts: no class and no image."""
-    return name.startswith(".") or name == "__MACOSX" or name.endswith(".parts")
+# Names of editors, of macOS' archives, of our own parts: no class and no image.
+HIDDEN = re.compile(r"\..*|__MACOSX|.*\.parts", re.DOTALL)
 
 
 def list_images(folder: str, allow_empty: bool = False) -> tuple[list[str], list[tuple[str, int]]]:
     """Class names and (path, class) of FOLDER/<class>/<image> in torchvision's ImageFolder order;
     of FOLDER/<image> no names, and -1. SystemExit if there are both; OSError if there is none."""
-    with os.scandir(folder) as entries:
-        entries = sorted((e for e in entries if not hidden(e.name)), key=lambda e: e.name)
-    classes = [entry.name for entry in entries if entry.is_dir()]
-    loose = [e.name for e in entries if e.is_file() and e.name.lower().endswith(IMG_EXTENSIONS)]
-    if classes and loose:
-        both = f"images ({loose[0]}) beside class folders ({classes[0]}/)"
-        raise SystemExit(f"{folder} holds {both}: move one of the two away")
 
     def is_image(path: str) -> bool:
         inner = path[len(folder) :].split(os.sep)
-        return path.lower().endswith(IMG_EXTENSIONS) and not any(map(hidden, inner))
+        return path.lower().endswith(IMG_EXTENSIONS) and not any(map(HIDDEN.fullmatch, inner))
 
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    classes = [e.name for e in entries if e.is_dir() and not HIDDEN.fullmatch(e.name)]
+    loose = [e.name for e in entries if e.is_file() and is_image(e.path)]
+    if classes and loose:
+        both = f"images ({loose[0]}) beside class folders ({classes[0]}/)"
+        raise SystemExit(f"{folder} holds {both}: move one of the two away")
     index = {name: i for i, name in enumerate(classes)} or {"": -1}
     return classes, make_dataset(folder, index, None, is_image, allow_empty)
 

@@ -734,9 +734,10 @@ class EveryScript(Base):
     """What several scripts do alike: their copies of a function are equal."""
 
     def copies(self, name: str, *scripts: str):
-        """The function, of the first script; a pasted copy that differs fails."""
+        """The function or constant, of the first script; a pasted copy that differs fails."""
         found = [getattr(importlib.import_module(script), name) for script in scripts]
-        self.assertEqual(len({inspect.getsource(function) for function in found}), 1, name)
+        texts = {inspect.getsource(x) if inspect.isfunction(x) else repr(x) for x in found}
+        self.assertEqual(len(texts), 1, name)
         return found[0]
 
     def test_ranks(self):
@@ -763,7 +764,7 @@ class EveryScript(Base):
             (b'{"image": "a", "caption": null}', 'its "caption" is null'),
             (b'{"image": 7, "caption": "b"}', 'its "image" is 7'),
             (b'{"image": "a"}', 'its "caption" is missing'),
-            (b"\xef\xbb\xbf" + good, "byte order mark"),
+            (b"\xef\xbb\xbf" + good, "not JSON in UTF-8: .*BOM"),
             (b'["a", "b"]', "is no JSON object"),
             (b"a: b", "is not JSON"),
             (b'{"image": "\xff", "caption": "b"}', "is not JSON in UTF-8"),
@@ -806,7 +807,7 @@ class EveryScript(Base):
 
     def test_folders(self):
         """What editors leave is no class and no image; two layouts at once are refused."""
-        self.copies("hidden", "caption", "train", "evaluate")
+        self.copies("HIDDEN", "caption", "train", "evaluate")
         list_images = self.copies("list_images", "caption", "train", "evaluate")
         flat, classes = TMP / "folders/flat", TMP / "folders/classes"
         seen = ["1.jpg", "2.PNG"], ["cat/1.jpg", "cat/deeper/2.jpg", "dog/3.jpg"]
@@ -830,7 +831,8 @@ class EveryScript(Base):
         and in torchvision's decoder; numbers of 16 bits are scaled, others refused."""
         import train
 
-        self.copies("orientation", "caption", "train", "evaluate")
+        for name in "TURNS", "orientation":
+            self.copies(name, "caption", "train", "evaluate")
         load = self.copies("load_image", "caption", "train", "evaluate")
         folder = TMP / "pixels"
         folder.mkdir()

@@ -421,7 +421,8 @@ PRESET = torchvision.transforms._presets.ImageClassification(crop_size=32, resiz
 
 
 # The tests are of the CPU, whatever else there is, as is what they start; but those of OnGPU.
-NO_GPU = unittest.mock.patch("torch.accelerator.current_accelerator", return_value=None)
+# A function: a Mock would remember each of its calls, which are several per image.
+NO_GPU = unittest.mock.patch("torch.accelerator.current_accelerator", lambda **_: None)
 
 
 def one_core() -> dict[str, str]:

@@ -20,7 +20,6 @@ import json
 import os
 import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,6 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-FIELDS = ("checkpoint", "arch", "epoch", "selected", "images")  # of a result, shown as they are
 ENCODER = ("width", "pooling", "prefix", "suffix", "unpooled", "bidirectional", "weights_sha256")
 PUBLISHED = torchvision.models.list_models(torchvision.models)
 
@@ -158,57 +156,42 @@ class Folder(Dataset):
     `labels` [N] are indices of `classes`, -1: none."""
 
     def __init__(self, root: str):
-        self.root, self.transform = root, None
-        try:
-            self.classes, samples = list_images(root, allow_empty=True)
-        except OSError as error:
-            raise SystemExit(f"--data {root}: {error}") from error
+        self.root, self.transform, self.encoder = root, None, None
+        self.classes, samples = list_images(root, allow_empty=True)
         if not samples:
             raise SystemExit(f"--data {root}: there is no image in it")
-        self.keys = np.array([os.fsencode(os.path.relpath(path, root)) for path, _ in samples])
+        self.paths = np.array([os.fsencode(path) for path, _ in samples])
         self.labels = np.array([label for _, label in samples])
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
-        path, reason = os.path.join(self.root, os.fsdecode(self.keys[index])), ""
+        path, reason = os.fsdecode(self.paths[index]), ""
         try:
             image = load_image(path)
         except Exception as error:  # one bad image costs that image, and is named
             image, reason = Image.new("RGB", (1, 1)), f"{path!r} ({type(error).__name__}: {error})"
         return self.transform(image), index, reason
 
-    def key(self, index: int) -> str:
-        return os.fsdecode(self.keys[index]).replace(os.sep, "/")
-
-
-@dataclass
-class Texts:
-    """Embeddings [M, D] of captions, the index [M] of the image that each belongs to, and what
-    embed.py says of them."""
-
-    rows: np.ndarray
-    owner: np.ndarray
-    encoder: dict
-
-
-def read_texts(captions: str, embeddings: str, folder: Folder) -> Texts:
-    """Those of the folder's images. SystemExit if the two files do not belong together."""
-    try:
-        encoder = json.loads(Path(embeddings.removesuffix(".npy") + ".json").read_text("utf-8"))
-        content, rows = Path(captions).read_bytes(), np.load(embeddings, mmap_mode="r")
-        keys = [json.loads(line)["image"] for line in content.splitlines()]
-    except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f"captions and embeddings: {error!r}") from error
-    same = hashlib.sha256(content).hexdigest() == encoder.get("captions_sha256")
-    if not same or rows.shape != (len(keys), encoder.get("width")):
-        raise SystemExit(f"{captions} is not what {embeddings} was made from: run embed.py again")
-    index = {folder.key(i): i for i in range(len(folder))}
-    owner = np.array([index.get(key, -1) for key in keys])
-    if owner.max() < 0:
-        raise SystemExit(f"{captions}: none of its images is in {folder.root}")
-    return Texts(rows[owner >= 0], owner[owner >= 0], encoder | {"file": embeddings})
+    def read_texts(self, captions: str, embeddings: str) -> None:
+        """Of the folder's captions: embeddings `rows` [M, D], the `owner` [M] of each among the
+        images, and what embed.py says of its `encoder`. SystemExit if the files do not match."""
+        try:
+            self.encoder = json.loads(Path(embeddings).with_suffix(".json").read_text("utf-8"))
+            content, rows = Path(captions).read_bytes(), np.load(embeddings, mmap_mode="r")
+            keys = [json.loads(line)["image"] for line in content.splitlines()]
+        except (OSError, ValueError, KeyError) as error:
+            raise SystemExit(f"captions and embeddings: {error!r}") from error
+        same = hashlib.sha256(content).hexdigest() == self.encoder.get("captions_sha256")
+        if not same or rows.shape != (len(keys), self.encoder.get("width")):
+            raise SystemExit(f"{captions} is not what {embeddings} holds: run embed.py again")
+        names = [os.path.relpath(os.fsdecode(path), self.root) for path in self.paths]
+        index = {name.replace(os.sep, "/"): i for i, name in enumerate(names)}
+        owner = np.array([index.get(key, -1) for key in keys])
+        if owner.max() < 0:
+            raise SystemExit(f"{captions}: none of its images is in {self.root}")
+        self.rows, self.owner = rows[owner >= 0], owner[owner >= 0]
 
 
 def projection_head(kind: str, width: int, text_width: int, batch_norm: bool) -> nn.Module:
@@ -271,8 +254,9 @@ def load_model(file: str, ema: bool = False) -> tuple[nn.Module, dict]:
         model = getattr(transformers, rebuild["class"])(config)
     else:
         outputs = len(state["classes"]) or state["settings"]["text"]["width"]
-        kwargs = rebuild["kwargs"] | {"num_classes": outputs}
-        model = torchvision.models.get_model(state["arch"], **kwargs)
+        model = torchvision.models.get_model(
+            state["arch"], num_classes=outputs, **rebuild["kwargs"]
+        )
     model.load_state_dict(weights, strict=True)
     state["selected"] += ", averaged weights" if ema else ""
     size, interpolation = state["input_size"], InterpolationMode(state["interpolation"])
@@ -286,11 +270,9 @@ class Checkpoint(nn.Module):
     """The plain model, the file's other entries (state) and, for texts, its head h and its text
     adapter: images [n, 3, S, S] -> logits [n, K] and, for texts, features [n, D] of length 1."""
 
-    def __init__(self, file: str, ema: bool, folders: list[Folder], texts: Texts | None):
+    def __init__(self, file: str, ema: bool, folders: list[Folder]):
         super().__init__()
         self.file, self.head, self.adapter = file, None, nn.Identity()
-        if file not in PUBLISHED and not os.path.exists(file):
-            raise SystemExit(f"{file}: no such checkpoint, and no torchvision model")
         try:
             if file in PUBLISHED:
                 self.model, self.state = load_published(file, folders)
@@ -298,12 +280,14 @@ class Checkpoint(nn.Module):
                 self.model, self.state = load_model(file, ema)
         except Exception as error:
             reason = f"{type(error).__name__} {str(error).partition(chr(10))[0]}"
-            raise SystemExit(f"{file}: not a checkpoint that can be read: {reason}") from error
+            raise SystemExit(
+                f"{file}: no torchvision model, and no checkpoint: {reason}"
+            ) from error
         for folder in folders:
-            if not self.match_classes(folder) and not texts:
+            if folder.encoder:
+                self.load_heads(folder.encoder)
+            if not self.match_classes(folder) and not folder.encoder:
                 raise SystemExit(f"{file} or {folder.root} has no classes: pass --captions")
-        if texts:
-            self.load_heads(texts.encoder)
 
     def match_classes(self, folder: Folder) -> list[int]:
         """Of each of the folder's classes, the index among the checkpoint's; [] if one has none."""
@@ -324,8 +308,8 @@ class Checkpoint(nn.Module):
         trained_on = self.state["settings"].get("text") or {"model": "no captions"}
         for name in ENCODER:  # what these texts and those of the training have in common
             if (encoder.get(name) or None) != (trained_on.get(name) or None):
-                what = f"has another {name} than {trained_on['model']}, of {self.file}'s training"
-                raise SystemExit(f"{encoder['file']} {what}")
+                what = f"another {name} than {trained_on['model']}, of {self.file}'s training"
+                raise SystemExit(f"the encoder of --embeddings has {what}")
         self.head, heads = nn.Identity(), self.state["heads"]
         if heads["projection"]:
             self.head = projection_head(**heads["projection"])
@@ -345,45 +329,36 @@ class Checkpoint(nn.Module):
             features = torch.atleast_3d(self.features).flatten(2).mean(2)  # SqueezeNet's are maps
         return logits, F.normalize(self.head(features), dim=1)
 
-    @torch.inference_mode()
-    def embed(self, rows: np.ndarray) -> np.ndarray:
-        """Text features [M, D] of length 1, through the text adapter."""
-        rows = torch.from_numpy(rows.astype(np.float32))
-        return F.normalize(self.adapter.cpu()(rows), dim=1).numpy()
-
-
-def measure(logits: Tensor, features: Tensor | None, labels: Tensor, present: Tensor) -> dict:
-    """Of a batch: logits [n, K], features [n, D] or None, labels [n]; the folder's classes."""
-    prediction, top5 = logits.argmax(1), logits.topk(min(5, logits.shape[1])).indices
-    batch = {"top1": prediction == labels, "top5": (top5 == labels[:, None]).any(1)}
-    if len(present):
-        batch["top1_among_these"] = present[logits[:, present].argmax(1)] == labels
-    return batch if features is None else batch | {"feature": features}
-
 
 @torch.inference_mode()
 def predict(net: Checkpoint, folder: Folder, labels: Tensor, args) -> tuple[dict, list[str]]:
-    """measure() of all images, on every process, each of which looks at its share of them; and why
-    some could not be read. labels [N]: the checkpoint's classes, -1: none."""
+    """{measure: [N]} of all images, on every process, each of which looks at its share of them; and
+    why some could not be read. labels [N]: the checkpoint's classes, -1: none."""
     share = range(args.rank, len(folder), args.world)
     options = {"num_workers": args.workers, "pin_memory": args.device.startswith("cuda")}
     loader = DataLoader(folder, args.batch_size, sampler=share, **options)
     present = labels[labels >= 0].unique().to(args.device)
     net.to(args.device, memory_format=torch.channels_last).eval()
-    found, reasons = [], []
+    batches, reasons = [], []
     for images, index, why in tqdm(loader, unit="batch", disable=args.rank > 0, leave=False):
         images = images.to(args.device, non_blocking=True, memory_format=torch.channels_last)
-        batch = measure(*net(images), labels[index].to(args.device), present) | {"index": index}
-        batch["readable"] = torch.tensor([not reason for reason in why])
-        found.append({name: values.cpu().numpy() for name, values in batch.items()})
-        reasons += [reason for reason in why if reason]
+        (logits, features), own = net(images), labels[index].to(args.device)
+        top5 = logits.topk(min(5, logits.shape[1])).indices
+        batch = {"index": index, "readable": torch.tensor([not reason for reason in why])}
+        batch |= {"top1": logits.argmax(1) == own, "top5": (top5 == own[:, None]).any(1)}
+        if len(present):
+            batch["top1_among_these"] = present[logits[:, present].argmax(1)] == own
+        if features is not None:
+            batch["feature"] = features
+        batches.append({name: values.cpu().numpy() for name, values in batch.items()})
+        reasons += filter(None, why)
     if args.world > 1:
         parts = [None] * args.world
-        dist.all_gather_object(parts, (found, reasons))
-        found = [batch for part, _ in parts for batch in part]
+        dist.all_gather_object(parts, (batches, reasons))
+        batches = [batch for part, _ in parts for batch in part]
         reasons = [reason for _, part in parts for reason in part]
-    found = {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
-    order = np.argsort(found.pop("index"))
+    found = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    order = np.argsort(found["index"])
     assert len(order) == len(folder)  # every image once
     return {name: values[order] for name, values in found.items()}, sorted(reasons)
 
@@ -395,7 +370,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     return difference.mean(), 1.96 * deviation / len(difference) ** 0.5
 
 
-def retrieval(features, texts, owner, ks=(1, 5, 10), device="cpu") -> dict[str, float]:
+def retrieval(features, texts, owner, device="cpu") -> dict[str, float]:
     """Recall@k in percent: an image is a hit if one of its own texts is among its k nearest, a text
     if its image is, of the described ones. features [N, D], texts [M, D], owner [M] of each."""
     features, texts, owner = (torch.as_tensor(x, device=device) for x in (features, texts, owner))
@@ -405,32 +380,32 @@ def retrieval(features, texts, owner, ks=(1, 5, 10), device="cpu") -> dict[str, 
         ("image->text", images, texts, described, owner),
         ("text->image", texts, images, owner, described),
     ):
-        most = min(max(ks), len(keys))
+        most = min(10, len(keys))
         nearest = torch.cat([(part @ keys.T).topk(most).indices for part in queries.split(1024)])
         own = answering[nearest] == asking[:, None]
-        hits |= {f"{name} R@{k}": 100 * own[:, :k].any(1).float().mean().item() for k in ks}
+        hits |= {f"{name} R@{k}": 100 * own[:, :k].any(1).float().mean().item() for k in (1, 5, 10)}
     return hits
 
 
-def evaluate_folder(
-    net: Checkpoint, folder: Folder, texts: Texts | None, firsts: dict, args
-) -> dict:
+@torch.inference_mode()
+def evaluate_folder(net: Checkpoint, folder: Folder, firsts: dict, args) -> dict:
     """A result, in percent of the readable images."""
-    index, state, name = net.match_classes(folder), net.state, folder.root
+    index, state = net.match_classes(folder), net.state
     folder.transform = state["transform"]
     labels = np.array(index)[folder.labels] if index else np.full(len(folder), -1)
     start = time.perf_counter()
     found, reasons = predict(net, folder, torch.from_numpy(labels), args)
     speed, readable = len(folder) / (time.perf_counter() - start), found["readable"]
     if not readable.any():
-        raise SystemExit(f"no image of {name} can be read: {reasons[0]}")
+        raise SystemExit(f"no image of {folder.root} can be read: {reasons[0]}")
     if reasons and args.rank == 0:
-        print(f"{name}: {len(reasons)} unreadable images, not counted: {', '.join(reasons[:5])}")
-    result = {"checkpoint": net.file, "data": name}
+        said = f"{len(reasons)} unreadable images, not counted"
+        print(f"{folder.root}: {said}: {', '.join(reasons[:5])}")
+    result = {"checkpoint": net.file, "data": folder.root}
     result |= {field: state[field] for field in ("arch", "epoch", "selected")}
     result |= {"images": int(readable.sum()), "unreadable": len(reasons)}
     if index:
-        reference, first = firsts.setdefault(name, (net.file, found))
+        reference, first = firsts.setdefault(folder.root, (net.file, found))
         both = readable & first["readable"]
         difference, interval = paired_difference(first["top1"][both], found["top1"][both])
         fields = "top1", "top5", "top1_among_these"
@@ -439,10 +414,10 @@ def evaluate_folder(
         result |= {"reference": reference, "difference": difference, "interval": interval}
     result["parameters"] = sum(p.numel() for p in net.model.parameters())
     result |= {"images_per_s": speed, "text": {}, "settings": state["settings"]}
-    if texts and args.rank == 0:
-        rows, seen = net.embed(texts.rows), readable[texts.owner]
-        pairs = found["feature"], rows[seen], texts.owner[seen]
-        result["text"] = retrieval(*pairs, device=args.device)
+    if folder.encoder and args.rank == 0:
+        rows, seen = torch.from_numpy(folder.rows.astype(np.float32)), readable[folder.owner]
+        texts = F.normalize(net.adapter.cpu()(rows), dim=1)[seen]
+        result["text"] = retrieval(found["feature"], texts, folder.owner[seen], args.device)
     return result
 
 
@@ -460,25 +435,25 @@ def mean_and_deviation(values: list[float], sign: str = "") -> str:
 
 
 def seed_rows(results: list[dict]) -> list[dict]:
-    """A row per group of results that differ in nothing but the seed; a seed counts once."""
-    groups, names, rows = {}, {}, []
+    """A row per group of results that differ in nothing but the seeds (a run's own, and that of the
+    run that it started from); the same seeds count once."""
+    groups, rows, pattern = {}, [], r'"seed": (\d+)'
     for result in results:
-        settings, seed = result["settings"], result["settings"].get("seed")
-        same = settings | {"seed": None, "init_seed": None, "selected": result["selected"]}
-        same["epoch"] = "best" in result["selected"] or result["epoch"]  # not with unfinished runs
-        key = json.dumps(same, sort_keys=True)
-        names.setdefault(key, result["checkpoint"])
-        seeds = seed, settings.get("init_seed") or seed
-        groups.setdefault(key, {})[seeds] = measures_of(result)
-    base = next(iter(groups.values()))
-    for key, group in groups.items():
-        row = {"seeds": len(group), "first checkpoint of the group": names[key]}
-        for name in next(iter(group.values())):
-            row[name] = mean_and_deviation([measures[name] for measures in group.values()])
-            shared = [seed for seed in group if name in base.get(seed, {})]
+        what = [result["settings"], result["selected"], result["epoch"]]
+        text = json.dumps(what, sort_keys=True)
+        seeds = tuple(dict.fromkeys(re.findall(pattern, text)))
+        name = result["checkpoint"]
+        _, group = groups.setdefault(re.sub(pattern, "", text), (name, {}))
+        group[seeds] = measures_of(result)
+    _, base = next(iter(groups.values()))
+    for name, group in groups.values():
+        row = {"seeds": len(group), "first checkpoint of the group": name}
+        for measure in next(iter(group.values())):
+            row[measure] = mean_and_deviation([measures[measure] for measures in group.values()])
+            shared = [seeds for seeds in group if measure in base.get(seeds, {})]
             if shared and group is not base:
-                differences = [group[seed][name] - base[seed][name] for seed in shared]
-                row[name] += f" ({mean_and_deviation(differences, '+')})"
+                differences = [group[seeds][measure] - base[seeds][measure] for seeds in shared]
+                row[measure] += f" ({mean_and_deviation(differences, '+')})"
         rows.append(row)
     return rows
 
@@ -500,7 +475,8 @@ def report(results: list[dict], names: list[str]) -> None:
         if len(names) > 1:
             print(f"\n**{name}**\n")
         for result in here:
-            row = {field: result[field] for field in FIELDS} | measures_of(result)
+            fields = "checkpoint", "arch", "epoch", "selected", "images"
+            row = {field: result[field] for field in fields} | measures_of(result)
             if result.get("reference", result["checkpoint"]) != result["checkpoint"]:
                 row["difference"] = f"{result['difference']:+.2f} +- {result['interval']:.2f}"
             row["M parameters"] = result["parameters"] / 1e6
@@ -516,18 +492,18 @@ def main() -> None:
     args = parse_args()
     if args.world > 1:
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    folders, texts = [Folder(root) for root in dict.fromkeys(args.data)], None
+    folders = [Folder(root) for root in dict.fromkeys(args.data)]
     if args.captions:
-        texts = read_texts(args.captions, args.embeddings, folders[0])
+        folders[0].read_texts(args.captions, args.embeddings)
     for file in args.checkpoints:  # a fault of the last is told before the first is evaluated
-        Checkpoint(file, args.ema, folders, texts)
+        Checkpoint(file, args.ema, folders)
     results, firsts = [], {}
     out = args.out if args.out and args.rank == 0 else os.devnull
     with open(out, "a", encoding="utf-8") as stream:
         for file in args.checkpoints:
-            net = Checkpoint(file, args.ema, folders, texts)
+            net = Checkpoint(file, args.ema, folders)
             for folder in folders:
-                results.append(evaluate_folder(net, folder, texts, firsts, args))
+                results.append(evaluate_folder(net, folder, firsts, args))
                 print(json.dumps(results[-1]), file=stream, flush=True)
     if args.rank == 0:
         report(results, [folder.root for folder in folders])
@@ -546,5 +522,5 @@ if __name__ == "__main__":
     except RuntimeError as error:  # of a loading process that dies
         if not re.search("killed by signal|shared memory|/torch_", str(error)):
             raise
-        advice = "more of it (docker run --shm-size=8g), or a smaller -j"
-        raise SystemExit(f"/dev/shm may be too small: {advice}; {error!r:.200}") from error
+        advice = "is /dev/shm too small? docker run --shm-size=8g, or a smaller -j"
+        raise SystemExit(f"{error!r:.200}: {advice}") from error

@@ -36,12 +36,10 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +68,7 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 # mae and hiera those of Hiera-B, llm2clip is LLM2CLIP's, finetune ours. In the official code lambda
 # is 0.3, but acts as 0.3 / W on its W = 4 (ResNet) or 8 (DeiT) processes, since its gather keeps
 # the local gradient only; here W does not matter.
-ADAMW = "--optimizer adamw --weight-decay 0.05 --no-decay-norms "
+ADAMW = "--optimizer adamw --weight-decay 0.05 "
 MIXED = "--label-smoothing 0.1 --mixup 0.8 --cutmix 1.0 --randaugment 27 --random-erasing 0.25 "
 MIXED += "--interpolation bicubic --drop-path 0.1 --align-weight 0.0375 --temperature 0.05 "
 RECIPES = {
@@ -87,17 +85,13 @@ RECIPES = {
     "--batch-size 512 --lr 1e-5 --layer-decay 0.85 --clip-grad 5 --min-lr 0 --text-adapter mlp "
     "--learn-temperature --temperature 0.07",
 }
-LEARNING_RATES = {  # at so many images per step; it grows with the batch
-    ("resnet", "sgd"): (0.1, 256),
-    ("deit", "adamw"): (5e-4, 512),
-    ("finetune", "sgd"): (0.01, 64),
-    ("mae", "adamw"): (8e-4, 4096),
-    ("hiera", "adamw"): (2e-3, 1024),
-}
+RATES = {"resnet": 0.1 / 256, "deit": 5e-4 / 512, "finetune": 0.01 / 64}  # --lr per image
+RATES |= {"mae": 8e-4 / 4096, "hiera": 2e-3 / 1024}  # of a step, with the recipe's optimizer
 NEED_TEXT = ["--align-weight", "--align-loss", "--temperature", "--projection", "--text-adapter"]
 NEED_TEXT += ["--shuffle-captions", "--learn-temperature", "--mix-text", "--no-mix-text"]
 NEED_LABELS = ["--align-weight", "--projection", "--label-smoothing"]
 EPOCHS_APART, IMAGES_APART = 10_007, 1_000_000_007  # primes: random streams that do not meet
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -107,10 +101,6 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     def _get_help_string(self, action: argparse.Action) -> str:
         without = action.default is None or action.default is False  # 0 is a default, too
         return action.help if without else super()._get_help_string(action)
-
-
-def available_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def first_line(error: BaseException) -> str:
@@ -135,11 +125,8 @@ def parse_args() -> argparse.Namespace:
     add("--lr", type=float, help="peak learning rate (the recipe's, scaled with the global batch)")
     add("--optimizer", default="sgd", choices=["sgd", "adamw"], help="sgd: with momentum 0.9")
     add("--beta2", type=float, default=0.999, help="of adamw")
-    add("--weight-decay", type=float, default=1e-4, help="decoupled for adamw")
-    add("--decay-norms", action=flag, default=True, help="weight decay on norms and biases, too")
-    add(
-        "--layer-decay", type=float, default=1.0, help="a transformer's block k of n: lr * this^n-k"
-    )
+    add("--weight-decay", type=float, default=1e-4, help="adamw spares norms and biases")
+    add("--layer-decay", type=float, default=1.0, help="a block's rate, as a share of the next's")
     add("--warmup-epochs", type=int, default=0, help="linear, from 1e-6; half the epochs at most")
     add("--min-lr", type=float, help="where the cosine ends (1e-5, or a tenth of --lr if lower)")
     add("--label-smoothing", type=float, default=0.0, help="of the cross-entropy")
@@ -171,20 +158,17 @@ def parse_args() -> argparse.Namespace:
     add("-j", "--workers", type=int, help="data loading processes (up to 8; on a CPU a quarter)")
     add("--device", help="cuda, cuda:N, mps or cpu (what torch finds)")
     add("--resume", action="store_true", help="go on from RUN/last.pt, if it is there")
-    recipe = RECIPES[p.parse_args().recipe].split()
-    args = p.parse_args([*recipe, *sys.argv[1:]])
+    recipe = RECIPES[p.parse_args().recipe]
+    args = p.parse_args([*recipe.split(), *sys.argv[1:]])
     args.rank, args.world_size = process_rank()
     args.device = choose_device(args.device, args.world_size)
     if args.workers is None:  # on a CPU, the model needs the cores
-        cpus = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cpus = CPUS // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.workers = max(1, cpus // 4) if args.device == "cpu" else min(8, cpus)
     if args.lr is None:
-        if (args.recipe, args.optimizer) not in LEARNING_RATES:
-            p.error(
-                f"--recipe {args.recipe} has no rate for --optimizer {args.optimizer}: pass --lr"
-            )
-        rate, images = LEARNING_RATES[args.recipe, args.optimizer]
-        args.lr = rate * args.batch_size * args.world_size / images
+        if ("adamw" in recipe) != (args.optimizer == "adamw"):
+            p.error(f"{args.recipe} has no rate for --optimizer {args.optimizer}: pass --lr")
+        args.lr = RATES[args.recipe] * args.batch_size * args.world_size
     args.min_lr = min(1e-5, args.lr / 10) if args.min_lr is None else args.min_lr
     args.warmup_epochs = min(args.warmup_epochs, args.epochs // 2)
     check(p, args)
@@ -233,10 +217,8 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if args.recipe == "llm2clip":
             p.error("--recipe llm2clip aligns with texts: pass --captions and --embeddings")
         refuse_idle(NEED_TEXT, "--captions and --embeddings")
-    if args.init and args.pretrained:
-        p.error("--init and --pretrained exclude each other: --no-pretrained, for this recipe")
-    if args.learn_temperature and args.align_loss == "cosine":
-        p.error("--learn-temperature: the cosine loss has no temperature")
+    if args.align_loss == "cosine":
+        refuse_idle(["--temperature", "--learn-temperature"], "a contrastive loss")
     if min(args.epochs, args.batch_size, args.repeated_aug, args.val_every, args.workers + 1) < 1:
         p.error("--epochs, -b, --repeated-aug and --val-every start at 1, -j at 0")
     if min(args.temperature, args.lr, args.layer_decay, args.crop_scale, 1 - args.ema_decay) <= 0:
@@ -282,29 +264,21 @@ def list_data(args: argparse.Namespace) -> tuple[list, list[tuple[str, int]], li
     """Class names, and (path, label) of train/ and of val/. Without class folders there are no
     names, no labels (-1) and no val/. --mae wants none (0: its labels say what can be read)."""
     train, val = os.path.join(args.data, "train"), os.path.join(args.data, "val")
-    try:
-        classes, samples = list_images(train)
-        if args.mae:
-            return [], [(path, 0) for path, _ in samples], []
-        if not classes and not args.embeddings:
-            need = "pass --captions and --embeddings, or --mae"
-            raise SystemExit(f"{train} has no class folders: {need}")
-        if not classes:
-            refuse_idle(NEED_LABELS, f"labels, and {train} has no class folders")
-            return [], samples, []
-        val_classes, val_samples = list_images(val, allow_empty=True)
-    except FileNotFoundError as error:
-        raise SystemExit(f"--data {args.data}: no images in train/ or val/: {error}") from error
+    classes, samples = list_images(train)
+    if args.mae:
+        return [], [(path, 0) for path, _ in samples], []
+    if not classes and not args.embeddings:
+        raise SystemExit(f"{train} has no classes: pass --captions and --embeddings, or --mae")
+    if not classes:
+        refuse_idle(NEED_LABELS, f"labels, and {train} has no class folders")
+        return [], samples, []
+    val_classes, val_samples = list_images(val, allow_empty=True)
     strangers = sorted(set(val_classes) - set(classes))
-    if strangers or not val_classes or not val_samples:
-        found = f"classes that train/ has not: {strangers[:5]}" if strangers else "no image"
-        raise SystemExit(f"{val} has {found}")
+    if strangers:
+        raise SystemExit(f"{val} has classes that train/ has not: {strangers[:5]}")
+    if not val_classes or not val_samples:
+        raise SystemExit(f"{val} has no images in class folders")
     return classes, samples, [(path, classes.index(val_classes[i])) for path, i in val_samples]
-
-
-def key_of(path: str, data: str) -> str:
-    """The name of an image of train/ in captions.jsonl."""
-    return path[len(os.path.join(data, "train", "")) :].replace(os.sep, "/")
 
 
 def read_captions(file: str) -> Iterator[tuple[str, str]]:
@@ -333,36 +307,31 @@ class Captions:
     `keys`; the array itself stays on the disk. `shuffle`: the seed of the control, or None."""
 
     def __init__(self, captions: str, embeddings: str, keys: list[str], shuffle: int | None):
-        self.file, self.table, rows_of, strangers = embeddings, None, {key: [] for key in keys}, []
-        for row, (image, _) in enumerate(read_captions(captions)):
-            if image in rows_of:
-                rows_of[image].append(row)
-            else:
-                strangers.append(image)
+        index = {key: i for i, key in enumerate(keys)}
+        images = [image for image, _ in read_captions(captions)]
+        owner = np.array([index.get(image, -1) for image in images])  # of each row
         try:
-            with open(embeddings.removesuffix(".npy") + ".json", encoding="utf-8") as stream:
-                self.identity = json.load(stream)
-            table = np.load(embeddings, mmap_mode="r")
+            self.identity = json.loads(Path(embeddings).with_suffix(".json").read_text("utf-8"))
+            shape = np.load(embeddings, mmap_mode="r").shape
         except (OSError, ValueError) as error:
-            advice = f"run embed.py --captions {captions}"
-            raise SystemExit(f"{embeddings}: {first_line(error)}: {advice}") from error
+            raise SystemExit(f"{embeddings}: {first_line(error)}: run embed.py") from error
         with open(captions, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if digest != self.identity.get("captions_sha256"):
+        self.file, self.table, self.width = embeddings, None, self.identity.get("width")
+        if digest != self.identity.get("captions_sha256") or shape != (len(owner), self.width):
             raise SystemExit(f"{captions} is not what {embeddings} holds: run embed.py again")
-        self.rows = np.array([row for rows in rows_of.values() for row in rows], np.int64)
-        self.starts = np.cumsum([0, *map(len, rows_of.values())])
-        self.width, lines = table.shape[-1], len(self.rows) + len(strangers)
-        if table.shape != (lines, self.width) or table.dtype not in (np.float16, np.float32):
-            wanted = f"expected float16 or float32 [{lines}, width]"
-            raise SystemExit(f"{embeddings} is {table.dtype} {list(table.shape)}, {wanted}")
-        bare = [key for key, rows in rows_of.items() if not rows]
-        if bare:
-            print(f"{len(bare)} of {len(keys)} training images have no caption: {bare[0]!r}, say")
-        if strangers:
-            print(f"{len(strangers)} captions belong to no image of train/: {strangers[0]!r}, say")
-        if not len(self.rows):
+        counts = np.bincount(owner[owner >= 0], minlength=len(keys))
+        bare, strangers = np.flatnonzero(counts == 0), np.flatnonzero(owner < 0)
+        if len(bare):
+            key = keys[bare[0]]
+            print(f"{len(bare)} of {len(keys)} training images have no caption: {key!r}, say")
+        if len(strangers):
+            key = images[strangers[0]]
+            print(f"{len(strangers)} captions belong to no image of train/: {key!r}, say")
+        if len(strangers) == len(owner):
             raise SystemExit("no caption belongs to train/: was that caption.py's --data?")
+        self.rows = np.argsort(owner, kind="stable")[len(strangers) :]
+        self.starts = np.cumsum([0, *counts])
         if shuffle is not None:
             self.rows = np.random.default_rng(shuffle).permutation(self.rows)
 
@@ -448,7 +417,7 @@ class Images(Dataset):
             except Exception as error:  # one bad image costs that image
                 image, label = torch.zeros(3, self.size, self.size).byte(), -1
                 reason = f"{path!r} ({first_line(error)})"
-            if not reason:  # not in the `try`: a fault of ours is no unreadable image
+            else:  # a fault of ours is no unreadable image
                 image = self.transform(image)
                 text = self.captions.draw(index) if self.captions else torch.rand(self.noise)
         # channels-last, as the model wants it: batches need no transposition
@@ -468,16 +437,18 @@ def report_unreadable(reasons: set[str]) -> int:
 
 class EpochSampler(Sampler):
     """(index, seed) of this process's positions in an epoch's random order. At the same global
-    batch, batch k is the same set of images at every number of processes."""
+    batch, batch k is the same set of images at every number of processes. No epoch, no images."""
 
     def __init__(self, length: int, positions: range, seed: int, copies: int = 1):
         self.length, self.positions, self.seed, self.copies = length, positions, seed, copies
-        self.epoch = 0
+        self.epoch = None
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        if self.epoch is None:
+            return
         stream = self.seed * EPOCHS_APART + self.epoch
         order = torch.randperm(self.length, generator=torch.Generator().manual_seed(stream))
         order = order.repeat_interleave(self.copies)
@@ -512,17 +483,17 @@ def transforms(args: argparse.Namespace, size: int) -> tuple[v2.Compose, v2.Comp
 
 
 def make_loaders(args, samples, val_samples, captions, found: dict) -> list[DataLoader]:
-    """Of this process's share of train/ and val/."""
+    """Of this process's share of train/ and val/; their loading processes have started."""
     rank, world, size, loaders = args.rank, args.world_size, found["input_size"], []
     if len(samples) < args.batch_size * world:
-        batch = f"one batch of {args.batch_size} x {world} processes: use a smaller -b"
-        raise SystemExit(f"{len(samples)} training images do not fill {batch}")
+        raise SystemExit(f"{len(samples)} training images do not fill one batch: use a smaller -b")
     transform, val_transform = transforms(args, size)
     images = Images(samples, size, read_image, transform, captions, found["parts"])
     val_images = Images(val_samples, size, load_image, val_transform)
     share = range(rank, len(samples) - len(samples) % world, world)
     order = EpochSampler(len(samples), share, args.seed, args.repeated_aug)
     val_order = EpochSampler(len(val_samples), range(rank, len(val_samples), world), args.seed)
+    gc.freeze()  # else a worker's first full collection copies what it shares with us
     for dataset, sampler in (images, order), (val_images, val_order):
         loader = DataLoader(
             dataset,
@@ -534,18 +505,9 @@ def make_loaders(args, samples, val_samples, captions, found: dict) -> list[Data
             pin_memory=args.device.startswith("cuda"),
             generator=torch.Generator(),  # drawing from the default one would disturb a resume
         )
-        start_workers(loader)
+        iter(loader)  # forks now: beside the threads of a process group a fork may stand still
         loaders.append(loader)
     return loaders
-
-
-def start_workers(loader: DataLoader) -> None:
-    """Fork them now: a fork beside the threads of a process group may stand still. They stay."""
-    positions, loader.sampler.positions = loader.sampler.positions, range(0)  # an empty epoch
-    gc.freeze()  # else a worker's first full collection copies what it shares with us
-    if loader.num_workers:
-        iter(loader)
-    loader.sampler.positions = positions
 
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -555,28 +517,29 @@ def build_model(args: argparse.Namespace, outputs: int, labels: bool) -> tuple[n
     """The plain model, and what it was found to need: "rebuild", its images' "input_size", "mean"
     and "std", "init": of --init; "parts" of an image that --mae may hide."""
     torch.manual_seed(args.seed)
-    if args.arch in torchvision.models.list_models(module=torchvision.models) and not args.mae:
-        model, found = build_torchvision(args.arch, outputs, args.pretrained, args.input_size)
-        if args.drop_path:
-            add_drop_path(model, args.arch, args.drop_path)
-    elif "/" in args.arch or os.path.isdir(args.arch):
-        model, found = build_transformers(args, outputs, labels)
-    else:
-        what = (
-            "masked auto-encoder: name transformers' Hiera or ViTMAE" if args.mae else "classifier"
-        )
-        raise SystemExit(f"--arch {args.arch}: torchvision has no such {what}")
-    found = {"mean": MEAN, "std": STD} | found
-    if args.init:
-        found |= load_init(model, args.init)
-    size = found["input_size"]
+    found = {"mean": MEAN, "std": STD, "init": None, "parts": 0}
     try:
+        if args.arch in torchvision.models.list_models(torchvision.models) and not args.mae:
+            model, more = build_torchvision(args.arch, outputs, args.pretrained, args.input_size)
+            if args.drop_path:
+                add_drop_path(model, args.drop_path)
+        elif "/" in args.arch or os.path.isdir(args.arch):
+            model, more = build_transformers(args, outputs, labels)
+        else:
+            raise ValueError("torchvision has none, and it is no id or folder of transformers")
+        found |= more
+        size = found["input_size"]
         with torch.no_grad():
             output = model.eval()(torch.zeros(1, 3, size, size))
-    except Exception as error:
-        sentence = f"--arch {args.arch} does not take images of {size} pixels"
-        raise SystemExit(f"{sentence}: {first_line(error)}") from error
-    return model, found | {"parts": output.ids_restore.shape[1] if args.mae else 0}
+    except Exception as error:  # a package, a download, a damaged file, a configuration, a size
+        kind = "masked auto-encoder" if args.mae else "classifier"
+        what = f"--arch {args.arch}: no {kind} of this name and input size"
+        raise SystemExit(f"{what}: {first_line(error)}") from error
+    if args.mae:
+        found["parts"] = output.ids_restore.shape[1]
+    if args.init:
+        found |= load_init(model, args.init)
+    return model, found
 
 
 def build_torchvision(arch: str, num_classes: int, pretrained: bool, size: int | None) -> tuple:
@@ -589,57 +552,50 @@ def build_torchvision(arch: str, num_classes: int, pretrained: bool, size: int |
         kwargs = {"aux_logits": False, "init_weights": not pretrained}
         kwargs["transform_input"] = pretrained
     found = {"rebuild": {"kwargs": kwargs}, "input_size": size}
-    try:
-        model = torchvision.models.get_model(arch, num_classes=num_classes, **kwargs)
-        if pretrained:
-            found |= {"mean": preset.mean, "std": preset.std}
-            state = torchvision.models.get_model(arch, weights=weights).state_dict()
-            if "image_size" in kwargs:
-                resize = torchvision.models.vision_transformer.interpolate_embeddings
-                state = resize(size, model.patch_size, state)
-            load_fitting(model, state)
-    except Exception as error:  # a size, a download, a damaged file
-        what = f"--arch {arch} with --input-size {size} cannot be had"
-        raise SystemExit(f"{what}: {first_line(error)}") from error
+    model = torchvision.models.get_model(arch, num_classes=num_classes, **kwargs)
+    if pretrained:
+        state = torchvision.models.get_model(arch, weights=weights).state_dict()
+        if "image_size" in kwargs:
+            resize = torchvision.models.vision_transformer.interpolate_embeddings
+            state = resize(size, model.patch_size, state)
+        load_fitting(model, state, "--pretrained")
+        found |= {"mean": preset.mean, "std": preset.std}
     return model, found
 
 
 def build_transformers(args: argparse.Namespace, outputs: int, labels: bool) -> tuple:
-    """In float32, whatever its weights were saved in. A CLIP without labels is its tower with the
-    class token's projection, as wide as the texts; all others are classifiers."""
+    """A CLIP without labels is its tower with the class token's projection, as wide as the texts;
+    all others are classifiers, or what --mae wants."""
     auto, found = transformers.AutoModelForImageClassification, {}
-    try:
-        config = transformers.AutoConfig.from_pretrained(args.arch, num_labels=outputs)
-        if args.mae:
-            auto = transformers.AutoModelForPreTraining
-        elif not labels and config.model_type in ("clip", "clip_vision_model"):
-            auto = transformers.CLIPVisionModelWithProjection
-            config = getattr(config, "vision_config", config)
-            config.projection_dim = outputs
-        adapt_config(config, args)
-        if args.pretrained:
-            options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-            options |= {"config": config, "dtype": torch.float32}
-            model, loaded = auto.from_pretrained(args.arch, **options)
-            fresh = [*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])]
-            tell_fresh("--pretrained", sorted(fresh))
-            images = transformers.AutoImageProcessor.from_pretrained(args.arch)
-            found = {"mean": list(images.image_mean), "std": list(images.image_std)}
-        else:
-            build = getattr(auto, "from_config", None) or auto._from_config
-            model = build(config, dtype=torch.float32)
-    except Exception as error:  # a package, a file, a configuration
-        what = "masked auto-encoder" if args.mae else "classifier"
-        raise SystemExit(f"--arch {args.arch}: no {what}: {first_line(error)}") from error
+    config = transformers.AutoConfig.from_pretrained(args.arch, num_labels=outputs)
+    if args.mae:
+        auto = transformers.AutoModelForPreTraining
+    elif not labels and config.model_type in ("clip", "clip_vision_model"):
+        auto = transformers.CLIPVisionModelWithProjection
+        config = getattr(config, "vision_config", config)
+        config.projection_dim = outputs
+    adapt_config(config, args)
+    if args.pretrained:
+        model, loaded = auto.from_pretrained(
+            args.arch, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        fresh = [*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])]
+        tell_fresh("--pretrained", sorted(fresh))
+        images = transformers.AutoImageProcessor.from_pretrained(args.arch)
+        found = {"mean": list(images.image_mean), "std": list(images.image_std)}
+    else:
+        build = getattr(auto, "from_config", None) or auto._from_config
+        model = build(config)
+    model.float()  # what a part of the configuration left in half precision
     size = getattr(getattr(config, "vision_config", config), "image_size", 224)
     found["input_size"] = args.input_size or (size if isinstance(size, int) else size[0])
-    model.float().config.dtype = torch.float32
     found["rebuild"] = {"class": type(model).__name__, "config": model.config.to_dict()}
     return model, found
 
 
 def adapt_config(config: transformers.PreTrainedConfig, args: argparse.Namespace) -> None:
     """Set in it what --mae, its absence and --drop-path want. ValueError where that cannot be."""
+    config.dtype = torch.float32  # whatever the weights were saved in
     if args.mae:
         if not hasattr(config, "mask_ratio"):
             raise ValueError(f"{config.model_type} hides no part of an image; Hiera and ViTMAE do")
@@ -655,33 +611,33 @@ def adapt_config(config: transformers.PreTrainedConfig, args: argparse.Namespace
         config.drop_path_rate = args.drop_path
 
 
-def load_fitting(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
-    """Load all tensors whose name and shape fit; names of the others. ValueError if none fits."""
+def load_fitting(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load all tensors whose name and shape fit; print the others. ValueError if none fits."""
     own = model.state_dict()
     fitting = {name: x for name, x in state.items() if name in own and x.shape == own[name].shape}
     if not any(x.ndim for x in fitting.values()):
         raise ValueError("none of its weights fits")
     own.update(fitting)  # in place: MNASNet wants the metadata, too
     model.load_state_dict(own)
-    return [name for name in own if name not in fitting]
+    tell_fresh(source, [name for name in own if name not in fitting])
 
 
-def tell_fresh(option: str, names: list[str]) -> None:
-    print(f"{option}: all weights but {len(names)}: {', '.join(names)[:300]}")
+def tell_fresh(source: str, names: list[str]) -> None:
+    print(f"{source}: all weights but {len(names)}: {', '.join(names)[:300]}")
 
 
 def load_init(model: nn.Module, file: str) -> dict:
     """Start from another run's weights, with its normalisation of images; its settings."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        tell_fresh(f"--init {file}", load_fitting(model, state["model"]))
+        load_fitting(model, state["model"], f"--init {file}")
         init = state["settings"] | {"epoch": state["epoch"]}
         return {"mean": state["mean"], "std": state["std"], "init": init}
     except Exception as error:  # a pickle of code may raise anything
         raise SystemExit(f"--init {file}: {first_line(error)}") from error
 
 
-def add_drop_path(model: nn.Module, arch: str, rate: float) -> None:
+def add_drop_path(model: nn.Module, rate: float) -> None:
     """Stochastic depth, linear in the depth; torchvision's ViT gets it behind both branches."""
     depths = [module for module in model.modules() if isinstance(module, StochasticDepth)]
     if isinstance(model, torchvision.models.VisionTransformer):
@@ -690,7 +646,7 @@ def add_drop_path(model: nn.Module, arch: str, rate: float) -> None:
             block.dropout = nn.Sequential(block.dropout, depths[-2])
             block.mlp.append(depths[-1])
     if not depths:
-        raise SystemExit(f"--drop-path: {arch} has no stochastic depth: pass --drop-path 0")
+        raise ValueError("it has no stochastic depth: pass --drop-path 0")
     for i, depth in enumerate(depths):
         depth.p = rate * i / max(1, len(depths) - 1)
 
@@ -705,28 +661,43 @@ def last_layer(model: nn.Module, num_classes: int) -> nn.Module:
 
 
 class Aligned(nn.Module):
-    """The plain model with the head h on the input of `layer`, the last one (without classes: no
-    h), and the text adapter, if any: images [n, 3, S, S], texts [n, D] -> logits [n, K], image and
-    text features [n, D] (of length 1, float32; None without a `temperature`), tau. Of a masked
-    auto-encoder: its error, in the logits' place, where the texts are what to hide."""
+    """The plain model and, where there are texts of width D, tau, the head h on the input of its
+    last layer (without classes: no h) and perhaps a text adapter. `heads`: the arguments of
+    projection_head() and text_adapter(), of which evaluate.py builds the two again."""
 
-    def __init__(self, model, layer=None, projection=None, adapter=None, temperature=None):
+    def __init__(
+        self, model, num_classes=0, text_width=0, projection="mlp", adapter="none", temperature=0.2
+    ):
         super().__init__()
-        self.model, self.projection, self.adapter = model, projection, adapter
-        self.log_temperature = None
-        if temperature is not None:
-            self.log_temperature = nn.Parameter(torch.tensor(temperature).log())
-        if projection:
+        self.model, self.projection, self.adapter, self.log_temperature = model, None, None, None
+        self.heads = {"projection": None, "adapter": None}
+        if text_width and num_classes:
+            layer = last_layer(model, num_classes)
             layer.register_forward_pre_hook(self.keep_features)
+            self.heads["projection"] = {
+                "kind": projection,
+                "width": getattr(layer, "in_features", None) or layer.in_channels,
+                "text_width": text_width,
+                "batch_norm": any(isinstance(module, nn.BatchNorm2d) for module in model.modules()),
+            }
+            self.projection = projection_head(**self.heads["projection"])
+        if text_width and adapter == "mlp":
+            self.heads["adapter"] = {"width": text_width}
+            self.adapter = text_adapter(text_width)
+        if text_width:
+            self.log_temperature = nn.Parameter(torch.tensor(temperature).log())
 
     def keep_features(self, layer: nn.Module, inputs: tuple) -> None:
         if layer.training:  # not in validation
             self.features = inputs[0]
 
-    def forward(self, images: Tensor, texts: Tensor, mae: bool = False):
+    def forward(self, images: Tensor, texts: Tensor | None = None, mae: bool = False) -> tuple:
+        """Images [n, 3, S, S], texts [n, D] -> logits [n, K] and, with texts of images, the image
+        and text features [n, D] (of length 1, float32) and tau. Of a masked auto-encoder: its
+        error, in the logits' place, where the texts are the noise that says what to hide."""
         output = self.model(images, noise=texts) if mae else self.model(images)
-        logits = features = first_of(output)
-        if self.log_temperature is None:
+        logits = features = output if isinstance(output, Tensor) else output[0]
+        if texts is None or self.log_temperature is None:
             return logits, None, None, None
         if self.projection:
             features, self.features = self.features, None
@@ -735,11 +706,6 @@ class Aligned(nn.Module):
         texts = self.adapter(texts) if self.adapter else texts
         features, texts = F.normalize(features.float(), dim=1), F.normalize(texts.float(), dim=1)
         return logits, features, texts, self.log_temperature.exp()
-
-
-def first_of(output: object) -> Tensor:
-    """Of any model: logits [n, K], an embedding [n, D], or an auto-encoder's error."""
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def projection_head(kind: str, width: int, text_width: int, batch_norm: bool) -> nn.Module:
@@ -768,30 +734,6 @@ def text_adapter(width: int) -> nn.Module:
     return nn.Sequential(*blocks, nn.LayerNorm(width), nn.Linear(width, width))
 
 
-def add_heads(args, model: nn.Module, num_classes: int, width: int | None) -> Aligned:
-    """The model with head and adapter; `heads`: their arguments, of which evaluate.py rebuilds."""
-    heads, parts, layer = {"projection": None, "adapter": None}, {}, None
-    if width and num_classes:
-        layer = last_layer(model, num_classes)
-        heads["projection"] = {
-            "kind": args.projection,
-            "width": getattr(layer, "in_features", None) or layer.in_channels,
-            "text_width": width,
-            "batch_norm": any(isinstance(module, nn.BatchNorm2d) for module in model.modules()),
-        }
-        parts["projection"] = projection_head(**heads["projection"])
-    if width and args.text_adapter == "mlp":
-        heads["adapter"] = {"width": width}
-        parts["adapter"] = text_adapter(width)
-    net = Aligned(model, layer, temperature=args.temperature if width else None, **parts)
-    net.heads = heads
-    if width:
-        net.log_temperature.requires_grad_(args.learn_temperature)
-    if args.batch_size == 1 and any(isinstance(module, nn.BatchNorm1d) for module in net.modules()):
-        raise SystemExit("-b 1: the head's batch norm needs two images, or --projection linear")
-    return net
-
-
 @torch.no_grad()
 def reconstruct(model: nn.Module, images: Tensor) -> Tensor:
     """Images [n, 3, S, S] -> [n, 3, S, 3 S]: as they are, as the auto-encoder sees them, and with
@@ -799,22 +741,19 @@ def reconstruct(model: nn.Module, images: Tensor) -> Tensor:
     torch.manual_seed(0)
     output = model.eval()(images)
     hidden = output.mask.bool() if "mask" in output else ~output.bool_masked_pos  # [n, L]
-    n, _, size, _ = images.shape
-    grid = round(hidden.shape[1] ** 0.5)
-    side = size // grid
-    patches = images.unfold(2, side, side).unfold(3, side, side)  # [n, 3, grid, grid, side, side]
-    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # [n, L, 3, side, side]
+    size = images.shape[-1]
+    side = size // round(hidden.shape[1] ** 0.5)
+    patches = F.unfold(images, side, stride=side).mT  # [n, L, 3 * side * side]
     guess = output.logits.float()
     if hasattr(model, "unpatchify"):  # ViTMAE has the channels last
-        guess = guess.view(n, -1, side, side, 3).permute(0, 1, 4, 2, 3)
+        guess = guess.unflatten(2, (-1, 3)).mT
     guess = guess.reshape(patches.shape)
     if getattr(model.config, "normalize_pixel_loss", getattr(model.config, "norm_pix_loss", False)):
-        deviation, mean = torch.std_mean(patches, (2, 3, 4), keepdim=True)
+        deviation, mean = torch.std_mean(patches, 2, keepdim=True)
         guess = guess * deviation + mean
-    hidden = hidden[..., None, None, None]
+    hidden = hidden[..., None]
     shown = [patches, patches.masked_fill(hidden, 0), torch.where(hidden, guess, patches)]
-    rows = torch.cat([x.view(n, grid, grid, 3, side, side) for x in shown], 2)
-    return rows.permute(0, 3, 1, 4, 2, 5).reshape(n, 3, size, 3 * size)
+    return torch.cat([F.fold(x.mT, size, side, stride=side) for x in shown], 3)
 
 
 # ---- The losses ----------------------------------------------------------------------------------
@@ -841,14 +780,19 @@ def gather(x: Tensor) -> Tensor:
     return AllGather.apply(x) if dist.is_initialized() else x
 
 
+def global_sum(x: Tensor) -> Tensor:
+    """Of all processes; without a gradient."""
+    if dist.is_initialized():
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
 def global_mean(losses: Tensor, counts: Tensor) -> Tensor:
     """Mean of losses [n] where counts [n] is true, over all processes: W times the local sum / the
     global count, since DDP averages the gradients of the W processes afterwards."""
-    count, world = counts.float().sum(), 1
-    if dist.is_initialized():
-        dist.all_reduce(count)
-        world = dist.get_world_size()
-    return world * (losses * counts).sum() / count.clamp(min=1)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return world * (losses * counts).sum() / global_sum(counts.float().sum()).clamp(min=1)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing=0.0) -> Tensor:
@@ -914,63 +858,59 @@ def mixed(loss: Callable, lam: float, *targets: Tensor) -> Tensor:
 # ---- The optimisation ----------------------------------------------------------------------------
 
 
-@dataclass
 class Run:
     """What is trained, and with what."""
 
-    net: Aligned
-    ddp: nn.Module  # `net`, in DDP if there are several processes
-    ema: nn.Module | None  # the plain model, with averaged weights
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    amp: torch.dtype | None
-    mean: Tensor  # of pixels from 0 to 255
-    std: Tensor
+    def __init__(self, args, model: nn.Module, num_classes: int, width: int | None, found: dict):
+        self.device, self.ema = torch.device(args.device), None
+        self.amp = getattr(torch, args.amp, None)  # of "auto" and "off": none
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+            torch.set_float32_matmul_precision("high")  # TF32
+            if args.amp == "auto":
+                native = torch.cuda.is_bf16_supported(including_emulation=False)
+                self.amp = torch.bfloat16 if native else torch.float16
+        model.to(self.device, memory_format=torch.channels_last)
+        if args.ema_decay:  # the plain model, with averaged weights
+            self.ema = copy.deepcopy(model).requires_grad_(False)
+        torch.manual_seed(args.seed)
+        heads = args.projection, args.text_adapter, args.temperature
+        self.net = self.ddp = Aligned(model, num_classes, width, *heads).to(self.device)
+        if width:
+            self.net.log_temperature.requires_grad_(args.learn_temperature)
+        norms = [module for module in self.net.modules() if isinstance(module, nn.BatchNorm1d)]
+        if args.batch_size == 1 and norms:
+            raise SystemExit("-b 1: the head's batch norm needs two images, or --projection linear")
+        if args.compile:
+            model.compile()
+        if args.world_size > 1:  # static: what no loss depends on, a mask token say, is found once
+            self.ddp = DistributedDataParallel(self.net, static_graph=True)
+        self.optimizer = make_optimizer(self.net, args, self.amp)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
+        self.autocast = torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+        pixels = torch.tensor([found["mean"], found["std"]], device=self.device)
+        self.mean, self.std = 255 * pixels.view(2, 3, 1, 1)
 
-    def load(self, state: dict) -> None:
-        """Go on from a checkpoint of save_epoch()."""
-        for name in "net", "ema", "optimizer", "scaler":
-            if getattr(self, name) is not None:
-                getattr(self, name).load_state_dict(state[name])
-
-
-def prepare(args, model: nn.Module, num_classes: int, width: int | None, found: dict) -> Run:
-    device = torch.device(args.device)
-    amp = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(args.amp)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TF32
-        if args.amp == "auto":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-            amp = torch.bfloat16 if native else torch.float16
-    model.to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else None
-    torch.manual_seed(args.seed)
-    net = ddp = add_heads(args, model, num_classes, width).to(device)
-    if args.compile:
-        model.compile()
-    if args.world_size > 1:  # static: what no loss depends on, a mask token say, is found once
-        ddp = DistributedDataParallel(net, static_graph=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    mean, std = 255 * torch.tensor([found["mean"], found["std"]], device=device).view(2, 3, 1, 1)
-    return Run(net, ddp, ema, make_optimizer(net, args, amp), scaler, amp, mean, std)
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 [n, S, S, 3] -> float32 [n, 3, S, S], channels-last, on the device."""
+        images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        return (images.float() - self.mean) / self.std
 
 
 def make_optimizer(net: nn.Module, args, amp: torch.dtype | None) -> torch.optim.Optimizer:
     """A group for each weight decay and, with --layer-decay, depth: its "scale" is of the rate.
-    Without --decay-norms, vectors, position embeddings and class tokens are not decayed."""
-    tokens, parameters = ("pos_embed", "position", "class_token", "cls_token"), {}
+    AdamW decays no vectors, position embeddings and class tokens; nothing decays a scalar, tau."""
+    tokens, groups = ("pos_embed", "position", "class_token", "cls_token"), {}
     scales = layer_scales(net.model, args.layer_decay) if args.layer_decay < 1 else {}
     for name, parameter in net.named_parameters():
         small = parameter.ndim == 1 or any(token in name for token in tokens)
-        spare = parameter.ndim == 0 or (small and not args.decay_norms)
-        group = scales.get(name.removeprefix("model."), 1.0), 0.0 if spare else args.weight_decay
+        spared = parameter.ndim == 0 or (small and args.optimizer == "adamw")
+        decay = 0.0 if spared else args.weight_decay
+        scale = scales.get(name.removeprefix("model."), 1.0)
+        group = {"params": [], "scale": scale, "weight_decay": decay}
         if parameter.requires_grad:
-            parameters.setdefault(group, []).append(parameter)
-    groups = [
-        {"params": several, "scale": scale, "weight_decay": decay}
-        for (scale, decay), several in parameters.items()
-    ]
+            groups.setdefault((scale, decay), group)["params"].append(parameter)
+    groups = list(groups.values())
     fused = True if args.device.startswith(("cpu", "cuda")) else None
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, args.lr, betas=(0.9, args.beta2), fused=fused)
@@ -1007,17 +947,11 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
     return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * part)) / 2
 
 
-def normalise(images: Tensor, run: Run) -> Tensor:
-    """uint8 [n, S, S, 3] -> float32 [n, 3, S, S], channels-last; mean and std are of 0 to 255."""
-    images = images.to(run.mean.device, non_blocking=True).permute(0, 3, 1, 2)
-    return (images.float() - run.mean) / run.std
-
-
 def train_step(args, run: Run, images: Tensor, labels: Tensor, texts: Tensor, rng) -> Tensor:
     """One step on images [n, 3, S, S], labels [n], texts [n, D]; [CE (or an auto-encoder's error),
     L_align, hits, labelled]. Nothing in it waits for a GPU."""
     images, lam = mix_images(images, args, rng)
-    with torch.autocast(images.device.type, run.amp, enabled=run.amp is not None):
+    with run.autocast:
         logits, features, targets, tau = run.ddp(images, texts, args.mae)
     if args.mae:
         loss = global_mean(logits.float().expand(len(labels)), labels >= 0)
@@ -1058,37 +992,35 @@ def train_epoch(args, run: Run, loader: DataLoader, epoch: int) -> dict:
     rng = np.random.default_rng(stream)  # mixing: all processes draw the same
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["scale"]
-    device, unreadable, wait = run.mean.device, set(), 0.0
-    finished = torch.cuda.Event() if device.type == "cuda" else None
-    bar = tqdm(total=len(loader), unit="step", leave=False, mininterval=1, disable=args.rank > 0)
-    sums, start = torch.zeros(4, device=device), time.perf_counter()
-    tick = start
-    for step, (images, labels, texts, reasons) in enumerate(loader, 1):
+    unreadable, wait, sums = set(), 0.0, torch.zeros(4, device=run.device)
+    finished = torch.cuda.Event() if run.device.type == "cuda" else None
+    bar = tqdm(loader, unit="step", leave=False, mininterval=1, disable=args.rank > 0)
+    start = tick = time.perf_counter()
+    for step, (images, labels, texts, reasons) in enumerate(bar, 1):
         if finished is None or finished.query():  # while the GPU still works, nothing is lost
             wait += time.perf_counter() - tick
         unreadable.update(filter(None, reasons))
         if args.mae and labels.min() < 0:  # its error is of a whole batch: leave these out
             kept = labels >= 0 if labels.max() >= 0 else torch.arange(len(labels)) < 1
             images, labels, texts = images[kept], labels[kept], texts[kept]
-        labels, texts = labels.to(device, non_blocking=True), texts.to(device, non_blocking=True)
-        sums += train_step(args, run, normalise(images, run), labels, texts, rng)
-        bar.update()
+        labels, texts = (x.to(run.device, non_blocking=True) for x in (labels, texts))
+        sums += train_step(args, run, run.normalise(images), labels, texts, rng)
         if step % 50 == 0 or step == len(loader):
             loss, align, hits, labelled = (global_sum(sums) / step / args.world_size).tolist()
             numbers = f"loss {loss:.4g}, alignment {align:.4g}"
-            where = f"in the 50 steps up to step {step} of epoch {epoch + 1}"
-            stop_unless(math.isfinite(loss + align), f"the loss {where} ({numbers})", args)
             bar.set_postfix_str(numbers, refresh=False)
+            weights = nn.utils.get_total_norm(run.net.parameters()).item()
+            if not math.isfinite(loss + align + weights):  # on all processes alike
+                where = f"in the 50 steps up to step {step} of epoch {epoch + 1}"
+                advice = "try a smaller --lr, --clip-grad 1 or --amp bfloat16"
+                raise SystemExit(f"not finite {where}: {numbers}, weights {weights:.4g}; {advice}")
         if finished:
             finished.record()
         tick = time.perf_counter()
-    bar.close()
     seconds, seen = time.perf_counter() - start, len(loader) * args.batch_size * args.world_size
     lost = report_unreadable(unreadable)
     if lost * args.repeated_aug >= seen:
         raise SystemExit("no training image can be read")
-    weights = [parameter.isfinite().all() for parameter in run.net.parameters()]
-    stop_unless(bool(torch.stack(weights).all()), f"a weight after epoch {epoch + 1}", args)
     entry = {"epoch": epoch + 1, "lr": rate}
     if args.mae:
         entry["loss_mae"] = loss
@@ -1100,33 +1032,20 @@ def train_epoch(args, run: Run, loader: DataLoader, epoch: int) -> dict:
     return entry | {"unreadable": lost}
 
 
-def global_sum(x: Tensor) -> Tensor:
-    if dist.is_initialized():
-        x = x.clone()
-        dist.all_reduce(x)
-    return x
-
-
-def stop_unless(finite: bool, what: str, args: argparse.Namespace) -> None:
-    """All processes have the same numbers: all stop, before they are saved."""
-    if not finite:
-        advice = "try a smaller --lr, --clip-grad 1 or --amp bfloat16"
-        raise SystemExit(f"{what} is not finite: {args.out}/last.pt stays as it was; {advice}")
-
-
 @torch.inference_mode()
 def validate(run: Run, loader: DataLoader) -> float:
     """Top-1 in percent over all readable images, each counted once."""
-    model, unreadable = run.net.model.eval(), set()
+    run.net.eval()
+    loader.sampler.epoch = 0
     if dist.is_initialized():  # batch norm's statistics differ: process 0's are saved, and count
-        for buffer in model.buffers():
+        for buffer in run.net.model.buffers():
             dist.broadcast(buffer, 0)
-    counts = torch.zeros(2, dtype=torch.int64, device=run.mean.device)
+    counts, unreadable = torch.zeros(2, dtype=torch.int64, device=run.device), set()
     for images, labels, _, reasons in loader:
         unreadable.update(filter(None, reasons))
-        with torch.autocast(counts.device.type, run.amp, enabled=run.amp is not None):
-            logits = first_of(model(normalise(images, run)))
-        labels = labels.to(counts.device, non_blocking=True)
+        with run.autocast:
+            logits = run.net(run.normalise(images))[0]
+        labels = labels.to(run.device, non_blocking=True)
         counts += torch.stack([(logits.argmax(1) == labels).sum(), (labels >= 0).sum()])
     report_unreadable(unreadable)
     hits, readable = global_sum(counts).tolist()
@@ -1136,28 +1055,21 @@ def validate(run: Run, loader: DataLoader) -> float:
 # ---- The run -------------------------------------------------------------------------------------
 
 
-def settings_of(args, found: dict, keys: list[str], labels: list[int], text, amp) -> dict:
-    """All that decides about the weights; evaluate.py groups runs by it."""
+def settings_of(args: argparse.Namespace, found: dict) -> dict:
+    """What decides about the weights, but for the data; evaluate.py groups runs by it."""
     free = ["data", "out", "captions", "embeddings", "device", "workers", "rank", "resume"]
-    free += ["compile", "val_every", "init"]  # but the settings of --init's run
+    free += ["compile", "val_every"]
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    settings |= {name: found[name] for name in ("input_size", "mean", "std")}
-    init = found.get("init")
-    settings |= {
-        "init_settings": init and init | {"seed": None},
-        "init_seed": init and init["seed"],
-    }
-    checksum = zlib.crc32(os.fsencode(f"{keys} {labels}"))
-    return settings | {"amp": str(amp), "text": text, "images": f"{len(keys)} ({checksum:08x})"}
+    return settings | {name: found[name] for name in ("input_size", "mean", "std", "init")}
 
 
-def resume(args: argparse.Namespace, run: Run, settings: dict) -> dict:
-    """Restore the run; {"epoch", "log"}, of a new one if there is no checkpoint."""
+def resume(args: argparse.Namespace, run: Run, settings: dict) -> list[dict]:
+    """Restore the run; its log, or a new one's if there is no checkpoint."""
     os.makedirs(args.out, exist_ok=True)  # now, not after an epoch
     file = os.path.join(args.out, "last.pt")
     versions = {m.__name__: m.__version__ for m in (torch, torchvision, transformers, np)}
-    progress = {"epoch": 0, "log": [{"config": vars(args) | settings, "versions": str(versions)}]}
-    if os.path.exists(file):  # parse_args() has seen to --resume
+    log = [{"config": vars(args) | settings, "versions": str(versions)}]
+    if os.path.exists(file):  # check() has seen to --resume
         try:
             state = torch.load(file, map_location=args.device, weights_only=True)
             found = state["settings"]
@@ -1166,31 +1078,31 @@ def resume(args: argparse.Namespace, run: Run, settings: dict) -> dict:
         changed = [f"{k} {found.get(k)} -> {v}" for k, v in settings.items() if found.get(k) != v]
         if changed:
             raise SystemExit(f"--resume {file}: these settings differ: {'; '.join(changed)}")
-        run.load(state)
-        progress = {name: state[name] for name in progress}
-        print(f"resuming {file} after epoch {progress['epoch']} of {args.epochs}")
-    if dist.is_initialized():
-        epochs = [None] * args.world_size
-        dist.all_gather_object(epochs, progress["epoch"])
-        if len(set(epochs)) > 1:
-            found = f"processes found it after {sorted(set(epochs))} epochs"
-            raise SystemExit(f"--resume {file}: {found}: copy the latest one to all nodes")
-    return progress
+        for name in "net", "ema", "optimizer", "scaler":
+            if state[name] is not None:
+                getattr(run, name).load_state_dict(state[name])
+        log = state["log"]
+        print(f"resuming {file} after epoch {state['epoch']} of {args.epochs}")
+    lines = torch.tensor(len(log), device=run.device)
+    if global_sum(lines) != lines * args.world_size:
+        found = f"this process found it after {len(log) - 1} epochs, others after more or fewer"
+        raise SystemExit(f"--resume {file}: {found}: copy the latest one to all nodes")
+    return log
 
 
-def save_epoch(args, run: Run, progress: dict, about: dict) -> None:
+def save_epoch(args, run: Run, log: list[dict], about: dict) -> None:
     """Write the log, and last.pt; `about`: what the run is of, from its start on."""
-    log, model = os.path.join(args.out, "log.jsonl"), run.net.model.state_dict()
-    with open(f"{log}.tmp", "w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(line) + "\n" for line in progress["log"])
-    os.replace(f"{log}.tmp", log)
+    file, lines = os.path.join(args.out, "log.jsonl"), [json.dumps(entry) + "\n" for entry in log]
+    Path(f"{file}.tmp").write_text("".join(lines), "utf-8")
+    os.replace(f"{file}.tmp", file)
+    head, adapter, model = run.net.projection, run.net.adapter, run.net.model.state_dict()
     counters = {name: value for name, value in model.items() if not value.is_floating_point()}
-    head, adapter = run.net.projection, run.net.adapter
     state = {
         **about,
-        **progress,
+        "epoch": len(log) - 1,
+        "log": log,
         "selected": "last epoch",
-        "val_top1": progress["log"][-1].get("val_top1"),
+        "val_top1": log[-1].get("val_top1"),
         "model": model,
         "ema": run.ema.state_dict() | counters if run.ema else None,
         "projection": head.state_dict() if head else None,
@@ -1203,16 +1115,16 @@ def save_epoch(args, run: Run, progress: dict, about: dict) -> None:
     try:
         torch.save(state, f"{file}.tmp")
     except RuntimeError as error:  # what torch makes of a full disk
-        sentence = f"cannot be written, is the disk full? ({first_line(error)})"
-        raise SystemExit(f"{file}: {sentence}; what was saved stays: --resume goes on") from error
+        full = f"is the disk full? {first_line(error)}"
+        raise SystemExit(f"{file}: {full}; what was saved stays: --resume goes on") from error
     os.replace(f"{file}.tmp", file)
 
 
 def save_reconstruction(run: Run, images: Images, file: str) -> None:
     """Of eight images, in rows: cropped as in training, masked, and reconstructed."""
     items = [images[i, 0] for i in range(0, len(images.paths), max(1, len(images.paths) // 8))]
-    batch = normalise(torch.stack([item[0] for item in items if item[1] >= 0][:8]), run)
-    rows = reconstruct(run.net.model, batch) * run.std + run.mean
+    batch = torch.stack([image for image, label, *_ in items if label >= 0][:8])
+    rows = reconstruct(run.net.model, run.normalise(batch)) * run.std + run.mean
     torchvision.utils.save_image(rows / 255, file, nrow=1)
     print(f"{file}: images, what the auto-encoder sees of them, and what it makes of it")
 
@@ -1220,16 +1132,16 @@ def save_reconstruction(run: Run, images: Images, file: str) -> None:
 def main() -> None:
     args = parse_args()
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        # PR_SET_PDEATHSIG: no rank outlives a torchrun that is killed, writing beside its successor
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, 9)  # no rank outlives a killed torchrun, beside its successor
         if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
             raise SystemExit("torchrun was killed before this process had started")
     if args.rank > 0:
         sys.stdout = io.StringIO()  # print() is for process 0
     if args.device == "cpu" and args.world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, available_cpus() - args.workers))
+        torch.set_num_threads(max(1, CPUS - args.workers))
     classes, samples, val_samples = list_data(args)
-    keys, captions = [key_of(path, args.data) for path, _ in samples], None
+    folder, captions = os.path.join(args.data, "train", ""), None
+    keys = [path.removeprefix(folder).replace(os.sep, "/") for path, _ in samples]
     if args.embeddings:
         shuffle = args.seed if args.shuffle_captions else None
         captions = Captions(args.captions, args.embeddings, keys, shuffle)
@@ -1242,23 +1154,22 @@ def main() -> None:
     loader, val_loader = make_loaders(args, samples, val_samples, captions, found)
     if args.world_size > 1:
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    run = prepare(args, model, len(classes), width, found)
-    settings = settings_of(args, found, keys, [label for _, label in samples], text, run.amp)
-    about = {name: found[name] for name in ("rebuild", "input_size", "mean", "std")}
+    run = Run(args, model, len(classes), width, found)
+    checksum = zlib.crc32(os.fsencode(f"{keys} {[label for _, label in samples]}"))
+    images = f"{len(keys)} ({checksum:08x})"
+    settings = settings_of(args, found) | {"amp": str(run.amp), "text": text, "images": images}
+    about = found | {"classes": classes, "settings": settings, "heads": run.net.heads}
     about |= {name: getattr(args, name) for name in ("arch", "crop_ratio", "interpolation")}
-    about |= {"classes": classes, "settings": settings, "heads": run.net.heads}
-    progress = resume(args, run, settings)
-    for epoch in range(progress["epoch"], args.epochs):
-        entry = train_epoch(args, run, loader, epoch)
+    log = resume(args, run, settings)
+    for epoch in range(len(log) - 1, args.epochs):
+        log.append(train_epoch(args, run, loader, epoch))
         kept = (epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs
         if kept and classes:
-            entry["val_top1"] = validate(run, val_loader)
-        progress["epoch"] = epoch + 1
-        progress["log"].append(entry)
-        figures = [f"{name} {x:.4g}" for name, x in entry.items() if isinstance(x, float)]
+            log[-1]["val_top1"] = validate(run, val_loader)
+        figures = [f"{name} {x:.4g}" for name, x in log[-1].items() if isinstance(x, float)]
         print(f"epoch {epoch + 1}/{args.epochs}: {', '.join(figures)}")
         if kept and args.rank == 0:
-            save_epoch(args, run, progress, about)
+            save_epoch(args, run, log, about)
     if args.mae and args.rank == 0:
         save_reconstruction(run, loader.dataset, f"{args.out}/reconstruction.png")
     print(f"{args.out}/last.pt: {args.epochs} epochs")
@@ -1273,11 +1184,11 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         raise SystemExit("interrupted; start again with --resume") from None
     except torch.OutOfMemoryError as error:
-        raise SystemExit(f"out of memory: try a smaller -b ({first_line(error)})") from error
+        raise SystemExit(f"out of memory: try a smaller -b; {first_line(error)}") from error
     except OSError as error:
         raise SystemExit(f"{error.filename or 'train.py'}: {error.strerror or error}") from error
     except RuntimeError as error:  # what torch makes of a loading process that dies
         if not re.search("killed by signal|shared memory|/torch_", str(error)):
             raise
-        advice = "more of it (docker run --shm-size=8g), or a smaller -j"
-        raise SystemExit(f"/dev/shm may be too small: {advice}; {first_line(error)}") from error
+        advice = "is /dev/shm too small? docker run --shm-size=8g, or a smaller -j"
+        raise SystemExit(f"{first_line(error)}: {advice}") from error

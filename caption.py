@@ -108,8 +108,7 @@ def process_rank() -> tuple[int, int]:
     if rank is world is None:
         return 0, 1
     if not re.fullmatch(r"\d+/\d+", f"{rank}/{world}") or int(rank) >= int(world):
-        both = f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit"
-        raise SystemExit(f"{both}: start with torchrun, which sets both, or unset them")
+        raise SystemExit(f"RANK={rank}, WORLD_SIZE={world}: start with torchrun, or unset both")
     return int(rank), int(world)
 
 
@@ -124,8 +123,7 @@ def choose_device(name: str | None, world: int) -> str:
         if device.index is not None and world > 1:
             raise RuntimeError("several processes would share it: name it without a number")
         if device.type == "cuda":
-            local = int(os.environ.get("LOCAL_RANK", 0))
-            device = torch.device("cuda", local if device.index is None else device.index)
+            device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
     except RuntimeError as error:
         raise SystemExit(f"--device {name}: {str(error).splitlines()[0]}") from error

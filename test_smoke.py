@@ -752,7 +752,11 @@ class EveryScript(Base):
                 self.assertRaisesRegex(SystemExit, "start with torchrun", process_rank)
                 for script in "caption", "embed", "train", "evaluate":
                     line = f"{script} --data {WORLD} --out x" if script != "embed" else script
-                    self.refused("do not fit", line, *["x.pt"] * (script == "evaluate"))
+                    self.refused(
+                        "start with torchrun, or unset both",
+                        line,
+                        *["x.pt"] * (script == "evaluate"),
+                    )
 
     def test_lines(self):
         """What is wrong with a line is told in a sentence, by embed.py and train.py."""

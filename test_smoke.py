@@ -2288,7 +2288,7 @@ runpy.run_path({str(HERE / "train.py")!r}, run_name="__main__")"""
         self.assertTrue((TMP / "node-0/last.pt").exists())
         result = subprocess.run(words, capture_output=True, text=True, env=one_core())
         self.assertNotEqual(result.returncode, 0)
-        self.assertIn("after 0 epochs, others after more or fewer: copy the latest", result.stderr)
+        self.assertIn("other nodes have another: copy the latest one to all", result.stderr)
 
     def test_decoders_that_are_missing_or_fail(self):
         import train

@@ -90,6 +90,8 @@ RATES |= {"mae": 8e-4 / 4096, "hiera": 2e-3 / 1024}  # of a step, with the recip
 NEED_TEXT = ["--align-weight", "--align-loss", "--temperature", "--projection", "--text-adapter"]
 NEED_TEXT += ["--shuffle-captions", "--learn-temperature", "--mix-text", "--no-mix-text"]
 NEED_LABELS = ["--align-weight", "--projection", "--label-smoothing"]
+FREE = ["data", "out", "captions", "embeddings", "device", "workers", "rank", "resume"]
+FREE += ["compile", "val_every"]  # all other options decide about the weights
 EPOCHS_APART, IMAGES_APART = 10_007, 1_000_000_007  # primes: random streams that do not meet
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -562,23 +564,35 @@ def build_torchvision(arch: str, num_classes: int, pretrained: bool, size: int |
 
 
 def build_transformers(args: argparse.Namespace, outputs: int, labels: bool) -> tuple:
-    """A CLIP without labels is its tower with the class token's projection, as wide as the texts;
-    all others are classifiers, or what --mae wants."""
+    """A classifier; of --mae an auto-encoder; of a CLIP without labels its tower with the class
+    token's projection, as wide as the texts. ValueError where the arguments ask too much of it."""
     auto, found = transformers.AutoModelForImageClassification, {}
     config = transformers.AutoConfig.from_pretrained(args.arch, num_labels=outputs)
     if args.mae:
         auto = transformers.AutoModelForPreTraining
-    elif not labels and config.model_type in ("clip", "clip_vision_model"):
+        if not hasattr(config, "mask_ratio"):
+            raise ValueError(f"{config.model_type} hides no part of an image; Hiera and ViTMAE do")
+        for name, value in config.to_dict().items():
+            if name.startswith("decoder_") and value is None:
+                raise ValueError(f"its configuration lacks {name}")
+    elif config.model_type == "hiera" and config.num_query_pool == 2:
+        config.num_query_pool = 3
+        print("num_query_pool is 3, as classification wants it, not 2, as an auto-encoder does")
+    elif config.model_type in ("clip", "clip_vision_model") and not labels:
         auto = transformers.CLIPVisionModelWithProjection
         config = getattr(config, "vision_config", config)
         config.projection_dim = outputs
-    adapt_config(config, args)
+    if args.drop_path:
+        if not hasattr(config, "drop_path_rate"):
+            raise ValueError("it has no stochastic depth: pass --drop-path 0")
+        config.drop_path_rate = args.drop_path
+    config.dtype = torch.float32  # whatever the weights were saved in
     if args.pretrained:
         model, loaded = auto.from_pretrained(
             args.arch, config=config, ignore_mismatched_sizes=True, output_loading_info=True
         )
-        fresh = [*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])]
-        tell_fresh("--pretrained", sorted(fresh))
+        fresh = sorted([*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])])
+        print(f"--pretrained: all weights but {len(fresh)}: {', '.join(fresh)[:300]}")
         images = transformers.AutoImageProcessor.from_pretrained(args.arch)
         found = {"mean": list(images.image_mean), "std": list(images.image_std)}
     else:
@@ -591,24 +605,6 @@ def build_transformers(args: argparse.Namespace, outputs: int, labels: bool) -> 
     return model, found
 
 
-def adapt_config(config: transformers.PreTrainedConfig, args: argparse.Namespace) -> None:
-    """Set in it what --mae, its absence and --drop-path want. ValueError where that cannot be."""
-    config.dtype = torch.float32  # whatever the weights were saved in
-    if args.mae:
-        if not hasattr(config, "mask_ratio"):
-            raise ValueError(f"{config.model_type} hides no part of an image; Hiera and ViTMAE do")
-        for name, value in config.to_dict().items():
-            if name.startswith("decoder_") and value is None:
-                raise ValueError(f"its configuration lacks {name}")
-    elif config.model_type == "hiera" and config.num_query_pool == 2:
-        config.num_query_pool = 3
-        print("num_query_pool is 3, as classification wants it, not 2, as an auto-encoder does")
-    if args.drop_path:
-        if not hasattr(config, "drop_path_rate"):
-            raise ValueError("it has no stochastic depth: pass --drop-path 0")
-        config.drop_path_rate = args.drop_path
-
-
 def load_fitting(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Load all tensors whose name and shape fit; print the others. ValueError if none fits."""
     own = model.state_dict()
@@ -617,11 +613,8 @@ def load_fitting(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
         raise ValueError("none of its weights fits")
     own.update(fitting)  # in place: MNASNet wants the metadata, too
     model.load_state_dict(own)
-    tell_fresh(source, [name for name in own if name not in fitting])
-
-
-def tell_fresh(source: str, names: list[str]) -> None:
-    print(f"{source}: all weights but {len(names)}: {', '.join(names)[:300]}")
+    fresh = [name for name in own if name not in fitting]
+    print(f"{source}: all weights but {len(fresh)}: {', '.join(fresh)[:300]}")
 
 
 def load_init(model: nn.Module, file: str) -> dict:
@@ -1053,14 +1046,6 @@ def validate(run: Run, loader: DataLoader) -> float:
 # ---- The run -------------------------------------------------------------------------------------
 
 
-def settings_of(args: argparse.Namespace, found: dict) -> dict:
-    """What decides about the weights, but for the data; evaluate.py groups runs by it."""
-    free = ["data", "out", "captions", "embeddings", "device", "workers", "rank", "resume"]
-    free += ["compile", "val_every"]
-    settings = {name: value for name, value in vars(args).items() if name not in free}
-    return settings | {name: found[name] for name in ("input_size", "mean", "std", "init")}
-
-
 def resume(args: argparse.Namespace, run: Run, settings: dict) -> list[dict]:
     """Restore the run; its log, or a new one's if there is no checkpoint."""
     os.makedirs(args.out, exist_ok=True)  # now, not after an epoch
@@ -1083,8 +1068,7 @@ def resume(args: argparse.Namespace, run: Run, settings: dict) -> list[dict]:
         print(f"resuming {file} after epoch {state['epoch']} of {args.epochs}")
     lines = torch.tensor(len(log), device=run.device)
     if global_sum(lines) != lines * args.world_size:
-        found = f"this process found it after {len(log) - 1} epochs, others after more or fewer"
-        raise SystemExit(f"--resume {file}: {found}: copy the latest one to all nodes")
+        raise SystemExit(f"--resume {file}: other nodes have another: copy the latest one to all")
     return log
 
 
@@ -1155,7 +1139,9 @@ def main() -> None:
     run = Run(args, model, len(classes), width, found)
     checksum = zlib.crc32(os.fsencode(f"{keys} {[label for _, label in samples]}"))
     images = f"{len(keys)} ({checksum:08x})"
-    settings = settings_of(args, found) | {"amp": str(run.amp), "text": text, "images": images}
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    settings |= {name: found[name] for name in ("input_size", "mean", "std", "init")}
+    settings |= {"amp": str(run.amp), "text": text, "images": images}
     about = found | {"classes": classes, "settings": settings, "heads": run.net.heads}
     about |= {name: getattr(args, name) for name in ("arch", "crop_ratio", "interpolation")}
     log = resume(args, run, settings)

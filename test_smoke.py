@@ -46,6 +46,9 @@ import transformers as tf
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+import evaluate
+import train
+
 tf.utils.logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
 
@@ -834,8 +837,6 @@ class EveryScript(Base):
     def test_pixels(self):
         """Damaged metadata costs no image; an orientation counts wherever it is written, in Pillow
         and in torchvision's decoder; numbers of 16 bits are scaled, others refused."""
-        import train
-
         for name in "TURNS", "orientation":
             self.copies(name, "caption", "train", "evaluate")
         load = self.copies("load_image", "caption", "train", "evaluate")
@@ -1760,8 +1761,6 @@ def loss_cases(n: int, seed: int = 0):
 def gradients_of_rank(rank: int, world: int, n: int, folder: str, device: str = "cpu") -> None:
     """What DDP leaves behind on one of `world` processes: gradients of a linear map of the images,
     averaged. Images are mixed within a process: the single process takes the same blocks."""
-    import train
-
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
@@ -1796,47 +1795,42 @@ def gradients_of_rank(rank: int, world: int, n: int, folder: str, device: str = 
 
 class Losses(Base):
     def test_alignment_against_loops(self):
-        from train import alignment_loss, mixed
-
         for name, case, lam in loss_cases(6):
             with self.subTest(name):
                 texts, has = case["texts"], case["has_text"]
-                align = functools.partial(alignment_loss, case["kind"], case["images"])
+                align = functools.partial(train.alignment_loss, case["kind"], case["images"])
                 align = functools.partial(align, temperature=0.3)
-                found = mixed(align, lam, texts, has).item()
+                found = train.mixed(align, lam, texts, has).item()
                 own = loop_loss(case["kind"], case["images"], texts, has.tolist(), 0.3)
                 flipped = texts.flip(0), has.flip(0).tolist()
                 partner = loop_loss(case["kind"], case["images"], *flipped, 0.3)
                 self.assertAlmostEqual(found, lam * own + (1 - lam) * partner, places=5)
 
     def test_missing_texts_equal_the_smaller_batch(self):
-        from train import alignment_loss
-
         for name, case, _ in loss_cases(6):
             kept = case["has_text"]
             smaller = {"images": case["images"][kept], "texts": case["texts"][kept]}
             smaller = case | smaller | {"has_text": kept[kept]}
-            found, want = alignment_loss(**case).item(), alignment_loss(**smaller).item()
+            found, want = (
+                train.alignment_loss(**case).item(),
+                train.alignment_loss(**smaller).item(),
+            )
             self.assertAlmostEqual(found, want, places=5, msg=name)
 
     def test_cross_entropy_against_torch(self):
-        from train import cross_entropy, mixed
-
         logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
         labels = torch.tensor([0, 3, -1, 2, 1, -1])
         for smoothing in 0.0, 0.1:
-            found = cross_entropy(logits, labels, smoothing)
+            found = train.cross_entropy(logits, labels, smoothing)
             want = F.cross_entropy(logits, labels, ignore_index=-1, label_smoothing=smoothing)
             self.assertAlmostEqual(found.item(), want.item(), places=5)
         labels = labels.clamp(min=0)
-        found = mixed(lambda y: cross_entropy(logits, y), 0.7, labels)
+        found = train.mixed(lambda y: train.cross_entropy(logits, y), 0.7, labels)
         soft = 0.7 * F.one_hot(labels, 4) + 0.3 * F.one_hot(labels.flip(0), 4)
         self.assertAlmostEqual(found.item(), F.cross_entropy(logits, soft).item(), places=5)
 
     def test_mixed_images(self):
         """Mixup adds the partner with 1 - lam, CutMix pastes a box of it of that share."""
-        import train
-
         images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 20, 20).contiguous()
         shares = []
         for mixup, cutmix in (0.8, 0.0), (0.0, 1.0), (0.8, 1.0), (0.0, 0.0):
@@ -1891,17 +1885,30 @@ def weights_of(run: str) -> dict[str, torch.Tensor]:
     return saved(run)["model"]
 
 
+TEXT_TOWER = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+TEXT_TOWER |= {"intermediate_size": 32, "vocab_size": 50, "max_position_embeddings": 8}
+
+
+def same_weights(a: str, b: str, rtol: float = 0, atol: float = 0) -> None:
+    torch.testing.assert_close(weights_of(a), weights_of(b), rtol=rtol, atol=atol)
+
+
+def run_behind(code: str, line: str, processes: int = 1) -> subprocess.CompletedProcess:
+    """train.py in processes that run the code first."""
+    script = str(HERE / "train.py")
+    run = f"runpy.run_path({script!r}, run_name='__main__')"
+    (TMP / "behind.py").write_text(f"import os, runpy, sys, torch\n{code}\n{run}")
+    words = [x.replace(script, f"{TMP}/behind.py") for x in command(line, processes=processes)]
+    return subprocess.run(words, capture_output=True, text=True, env=one_core())
+
+
+def judge(run: str) -> str:
+    """evaluate.py's table of a run, on the 20 images of val/."""
+    return call(f"evaluate --data {WORLD}/val {TMP}/{run}/last.pt -j 0 --device cpu")
+
+
 class Training(Base):
-    def same_weights(self, a: str, b: str, **tolerance) -> None:
-        for (name, x), y in zip(weights_of(a).items(), weights_of(b).values(), strict=True):
-            if tolerance:
-                torch.testing.assert_close(x, y, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
-            else:
-                self.assertTrue(torch.equal(x, y), name)
-
     def test_augmentation_gives_the_pixels_of_torchvision(self):
-        import train
-
         image = torch.randint(0, 256, (3, 90, 120), dtype=torch.uint8)
         flipped = 0
         for seed in range(20):
@@ -1921,7 +1928,6 @@ class Training(Base):
         """With torchvision's decoder and without it, what read_image() gives is what caption.py's
         load_image() gives: upright, 16 bit scaled, transparency on white."""
         import caption
-        import train
 
         folder = TMP / "read" / "thing"
         names = draw_zoo(folder)
@@ -1956,8 +1962,6 @@ class Training(Base):
 
     def test_schedule(self):
         """That of torch's own schedulers."""
-        import train
-
         args = types.SimpleNamespace(lr=0.5, min_lr=0.01, warmup_epochs=3, epochs=10)
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], args.lr)
         kinds = torch.optim.lr_scheduler
@@ -1979,7 +1983,7 @@ class Training(Base):
             self.refused("last.pt exists: go on with --resume", again)
         shell(train_line("resumed", f"{more} --resume"))
         shell(train_line("straight", f"{more} --resume"))  # nothing to resume: starts
-        self.same_weights("resumed", "straight")
+        same_weights("resumed", "straight")
         resumed, straight = read_lines(log), read_lines(TMP / "straight" / "log.jsonl")
         self.assertEqual([entry.get("epoch") for entry in resumed], [None, 1, 2, 3, 4])
         self.assertEqual(*[[one.get("loss_ce") for one in log] for log in (resumed, straight)])
@@ -2001,19 +2005,12 @@ class Training(Base):
     def test_two_processes_give_the_weights_of_one(self):
         """squeezenet has no batch norm; its dropout is the one thing that differs: switched off.
         Mixing is of the same pairs only if a batch is of one process."""
-        script = str(HERE / "train.py")
-        code = f"""import runpy, sys, torch
-torch.nn.functional.dropout = lambda x, *args, **options: x
-sys.argv[0] = {script!r}
-runpy.run_path({script!r}, run_name="__main__")"""
-        (TMP / "no_dropout.py").write_text(code)
+        code = "torch.nn.functional.dropout = lambda x, *args, **options: x"
         for name, line_of in ("world", train_line), ("flat", flat_line):
             for processes, batch in (1, 8), (2, 4):
                 line = line_of(f"{name}{processes}", f"--seed 3 -b {batch} -j 1")
-                words = command(line, processes=processes)
-                words[words.index(script)] = str(TMP / "no_dropout.py")
-                subprocess.run(words, check=True, capture_output=True, env=one_core())
-            self.same_weights(f"{name}1", f"{name}2", rtol=1e-3, atol=1e-5)
+                run_behind(code, line, processes).check_returncode()
+            same_weights(f"{name}1", f"{name}2", rtol=1e-3, atol=1e-5)
         random = torchvision.models.squeezenet1_1(num_classes=4).state_dict()["classifier.1.weight"]
         self.assertFalse(torch.equal(weights_of("world1")["classifier.1.weight"], random))
 
@@ -2040,8 +2037,7 @@ runpy.run_path({script!r}, run_name="__main__")"""
                 kwargs = state["rebuild"]["kwargs"]
                 model = torchvision.models.get_model(arch, num_classes=4, **kwargs)
                 model.load_state_dict(weights, strict=True)
-                line = f"evaluate --data {WORLD}/val {TMP}/arch-{arch}/last.pt -j 0 --device cpu"
-                self.assertIn("| 20 |", call(line))
+                self.assertIn("| 20 |", judge(f"arch-{arch}"))
 
     def test_a_folder_does_not_hide_an_architecture(self):
         with contextlib.chdir(TMP):
@@ -2049,57 +2045,39 @@ runpy.run_path({script!r}, run_name="__main__")"""
             call(train_line("hidden", "--epochs 1"))
 
     def test_transformers_architectures(self):
-        """At the size that the configuration states."""
-        four = {"depths": [1, 1, 1, 1], "image_size": [64, 64]}
-        hiera = tf.HieraConfig(embed_dim=16, num_heads=[1, 2, 4, 8], **four)
-        convnext = tf.ConvNextV2Config(hidden_sizes=[8, 16, 24, 32], **four | {"image_size": 64})
-        swin = {"embed_dim": 12, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
-        swin = tf.Swinv2Config(image_size=64, **swin)
-        kinds = {
-            "hiera": (tf.HieraForImageClassification, hiera, 64),
-            "convnext": (tf.ConvNextV2ForImageClassification, convnext, 64),
-            "swin": (tf.Swinv2ForImageClassification, swin, 64),
-        }
-        for name, (kind, config, size) in kinds.items():
-            with self.subTest(name):
-                kind(config).save_pretrained(TMP / name)
-                line = train_line(f"arch-{name}", f"--arch {TMP / name} --epochs 1")
-                call(line.replace("--input-size 32", ""))
-                state = saved(f"arch-{name}")
-                self.assertEqual(state["input_size"], size)
-                line = f"evaluate --data {WORLD}/val {TMP}/arch-{name}/last.pt -j 0 --device cpu"
-                self.assertIn("| 20 |", call(line))
-
-    def test_weights_of_whole_models(self):
-        """As the hub has them, with a text model or a decoder beside the visual encoder."""
-        text = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
-        text |= {"intermediate_size": 32, "vocab_size": 50, "max_position_embeddings": 8}
-        towers = {"text_config": text, "vision_config": VISION | {"image_size": 48}}
-        dino = VISION | {"image_size": 48, "mlp_ratio": 2}
+        """At the size that the configuration states; and with weights as the hub has them, with a
+        text model or a decoder beside the visual encoder."""
         hiera = {"embed_dim": 16, "num_heads": [1, 2, 4, 8], "depths": [1, 1, 1, 1]}
         hiera |= {"image_size": [64, 64], "decoder_hidden_size": 16, "decoder_depth": 1}
-        hiera["decoder_num_heads"] = 1
-        kinds = {
-            "clip": (tf.CLIPModel, tf.CLIPConfig(**towers), 48),
-            "siglip": (tf.SiglipModel, tf.SiglipConfig(**towers), 48),
-            "dinov2": (tf.Dinov2Model, tf.Dinov2Config(**dino), 48),
-            "hiera": (tf.HieraForPreTraining, tf.HieraConfig(**hiera), 64),
-        }
-        for name, (kind, config, size) in kinds.items():
+        hiera = tf.HieraConfig(**hiera, decoder_num_heads=1)
+        convnext = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "image_size": 64}
+        swin = {"embed_dim": 12, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+        vision = VISION | {"image_size": 48}
+        towers = {"text_config": TEXT_TOWER, "vision_config": vision}
+        for kind, config, size in (
+            (tf.HieraForImageClassification, hiera, 64),
+            (tf.ConvNextV2ForImageClassification, tf.ConvNextV2Config(**convnext), 64),
+            (tf.Swinv2ForImageClassification, tf.Swinv2Config(**swin, image_size=64), 64),
+            (tf.CLIPModel, tf.CLIPConfig(**towers), 48),
+            (tf.SiglipModel, tf.SiglipConfig(**towers), 48),
+            (tf.Dinov2Model, tf.Dinov2Config(**vision, mlp_ratio=2), 48),
+            (tf.HieraForPreTraining, hiera, 64),
+        ):
+            name, mean = kind.__name__, [0.4, 0.5, 0.6]
             with self.subTest(name):
-                folder, run = TMP / f"whole-{name}", TMP / f"whole-{name}-run"
-                kind(config).save_pretrained(folder)
-                tf.ViTImageProcessor(image_mean=[0.4, 0.5, 0.6]).save_pretrained(folder)
-                line = train_line(run.name, f"--arch {folder} --pretrained --epochs 1 --lr 1e-9")
-                call(line.replace("--input-size 32", ""))
-                state = saved(run.name)
-                self.assertEqual((state["input_size"], state["mean"]), (size, [0.4, 0.5, 0.6]))
-                whole = kind.from_pretrained(folder).state_dict()
-                first = next(key for key in whole if "patch_embedding" in key and "weight" in key)
-                own = next(key for key in state["model"] if key.endswith(first))
-                torch.testing.assert_close(state["model"][own], whole[first])
-                line = f"evaluate --data {WORLD}/val {run}/last.pt -j 0 --device cpu"
-                self.assertIn("| 20 |", call(line))
+                kind(config).save_pretrained(TMP / name)
+                tf.ViTImageProcessor(image_mean=mean).save_pretrained(TMP / name)
+                whole = "Classification" not in name
+                more = f"--arch {TMP}/{name} --epochs 1 --lr 1e-9 {'--pretrained' * whole}"
+                call(train_line(f"arch-{name}", more).replace("--input-size 32", ""))
+                state = saved(f"arch-{name}")
+                self.assertEqual((state["input_size"], state["mean"] == mean), (size, whole))
+                self.assertIn("| 20 |", judge(f"arch-{name}"))
+                if whole:
+                    theirs = kind.from_pretrained(TMP / name).state_dict()
+                    first = next(key for key in theirs if re.search("patch_embedding.*weight", key))
+                    own = next(key for key in state["model"] if key.endswith(first))
+                    torch.testing.assert_close(state["model"][own], theirs[first])
 
     def test_without_labels(self):
         """No cross-entropy and no top-1; resumed, it gives the uninterrupted run's weights."""
@@ -2113,7 +2091,7 @@ runpy.run_path({script!r}, run_name="__main__")"""
         with stop, self.assertRaises(KeyboardInterrupt):
             call(flat_line("stopped", "--epochs 3"))
         call(flat_line("stopped", "--epochs 3 --resume"))
-        self.same_weights("free", "stopped")
+        same_weights("free", "stopped")
         self.refused("has no classes: pass", train_line("x", text=False, data=FLAT))
         for option in "--align-weight 0.5", "--label-smoothing 0.1", "--projection linear":
             self.refused("does nothing without labels", flat_line("x", option))
@@ -2138,8 +2116,6 @@ runpy.run_path({script!r}, run_name="__main__")"""
 
     def test_nothing_of_a_batch_stays(self):
         """The hook on the last layer rests in validation; the averaged copy has none."""
-        import train
-
         model = torchvision.models.squeezenet1_1(num_classes=4)
         net = train.Aligned(model, num_classes=4, text_width=8)
         net(torch.zeros(2, 3, 32, 32), torch.zeros(2, 8))
@@ -2186,8 +2162,6 @@ runpy.run_path({script!r}, run_name="__main__")"""
 
     def test_captions_are_matched_by_key(self):
         """Whatever their order in the file, of several one is drawn; none is a vector of zeros."""
-        import train
-
         lines = read_lines(CAPTIONS)
         random.Random(0).shuffle(lines)
         write_lines(TMP / "order.jsonl", [*lines[1:], *lines[1:5]])
@@ -2208,8 +2182,6 @@ runpy.run_path({script!r}, run_name="__main__")"""
                 self.assertTrue(any(close), key)
 
     def test_shuffled_captions(self):
-        import train
-
         keys = [line["image"] for line in read_lines(CAPTIONS)]
         files = CAPTIONS, str(EMBEDDINGS), keys
         rows = [train.Captions(*files, seed).rows.tolist() for seed in (None, 1, 1, 2)]
@@ -2221,7 +2193,6 @@ runpy.run_path({script!r}, run_name="__main__")"""
     def test_rates_that_are_low_or_lacking(self):
         """A cosine ends below where it began, warm-up takes half the epochs at most, and an
         optimiser without a rate of the recipe wants --lr."""
-        import train
 
         def rates(more: str) -> list[float]:
             words = words_of(f"train --data d --out {TMP}/none --device cpu {more}")
@@ -2255,12 +2226,10 @@ runpy.run_path({script!r}, run_name="__main__")"""
             state = saved(run)
             self.assertEqual({x.dtype for x in state["model"].values()}, {torch.float32})
             self.assertEqual(state["rebuild"]["config"]["dtype"], "float32")
-            self.assertIn("| 20 |", call(f"evaluate --data {WORLD}/val {TMP}/{run}/last.pt -j 0"))
+            self.assertIn("| 20 |", judge(run))
 
     def test_cores_of_a_laptop(self):
         """Eight cores without a GPU: two load images, six compute."""
-        import train
-
         cores = unittest.mock.patch("train.CPUS", 8)
         stop = unittest.mock.patch("train.list_data", side_effect=SystemExit)
         line = train_line("x").replace("-j 0", "")
@@ -2277,22 +2246,15 @@ runpy.run_path({script!r}, run_name="__main__")"""
     def test_a_node_without_the_checkpoint(self):
         """Two nodes with a folder each: only the first one's process writes last.pt, and they would
         go on after other epochs."""
-        (TMP / "nodes.py").write_text(
-            f"""import os, runpy, sys
-sys.argv[sys.argv.index("--out") + 1] += os.environ["RANK"]
-runpy.run_path({str(HERE / "train.py")!r}, run_name="__main__")"""
-        )
-        words = command(train_line("node-", "--epochs 1 -b 4 --resume"), processes=2)
-        words[words.index(str(HERE / "train.py"))] = str(TMP / "nodes.py")
-        subprocess.run(words, check=True, capture_output=True, env=one_core())
+        code = 'sys.argv[sys.argv.index("--out") + 1] += os.environ["RANK"]'
+        line = train_line("node-", "--epochs 1 -b 4 --resume")
+        run_behind(code, line, 2).check_returncode()
         self.assertTrue((TMP / "node-0/last.pt").exists())
-        result = subprocess.run(words, capture_output=True, text=True, env=one_core())
+        result = run_behind(code, line, 2)
         self.assertNotEqual(result.returncode, 0)
         self.assertIn("other nodes have another: copy the latest one to all", result.stderr)
 
     def test_decoders_that_are_missing_or_fail(self):
-        import train
-
         file = TMP / "decoded.jpg"
         file.write_bytes(raw_jpeg())
         want = train.read_image(str(file))
@@ -2304,8 +2266,6 @@ runpy.run_path({str(HERE / "train.py")!r}, run_name="__main__")"""
         """What a loading process copies of 200,000 names, after it has seen all of them."""
         if not Path("/proc/self/smaps_rollup").exists():
             self.skipTest("this system does not tell what memory a process has to itself")
-        import train
-
         samples = [(f"{TMP}/a/{i:030d}.jpeg", 0) for i in range(200_000)]
 
         def read(path: str) -> torch.Tensor:
@@ -2328,8 +2288,6 @@ runpy.run_path({str(HERE / "train.py")!r}, run_name="__main__")"""
 
     def test_layer_decay(self):
         """Of a Hiera, torchvision's ViT and transformers' CLIP, against lists written by hand."""
-        import train
-
         hiera = {"embed_dim": 8, "num_heads": [1, 2, 4, 8], "depths": [1, 1, 2, 1]}
         hiera = tf.HieraForImageClassification(tf.HieraConfig(**hiera, num_labels=4))
         vit = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 16, num_classes=4)
@@ -2396,9 +2354,7 @@ runpy.run_path({str(HERE / "train.py")!r}, run_name="__main__")"""
     def test_tower_of_clip(self):
         """Without labels a CLIP is its class token's projection, from the first step on, and what
         evaluation measures is what transformers' own class gives."""
-        text = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
-        text |= {"intermediate_size": 32, "vocab_size": 50, "max_position_embeddings": 8}
-        towers = {"text_config": text, "vision_config": VISION | {"projection_dim": 64}}
+        towers = {"text_config": TEXT_TOWER, "vision_config": VISION | {"projection_dim": 64}}
         whole = tf.CLIPModel(tf.CLIPConfig(**towers, projection_dim=64))
         whole.half().save_pretrained(TMP / "clip")
         tf.CLIPImageProcessor(**SQUARE).save_pretrained(TMP / "clip")
@@ -2426,24 +2382,14 @@ runpy.run_path({str(HERE / "train.py")!r}, run_name="__main__")"""
     def test_machines_and_files_that_fail(self):
         line = train_line("x", "--arch shufflenet_v2_x0_5")
         self.refused("-b 1: the head's batch norm needs two images", f"{line} -b 1")
+        fail = "import unittest.mock\ntorch.utils.data.DataLoader.__iter__ = unittest.mock.Mock"
         for error, sentence in (
-            (
-                "RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error.')",
-                "/dev/shm",
-            ),
-            (
-                "RuntimeError('unable to write to file </torch_7_1>: No space left (28)')",
-                "/dev/shm",
-            ),
+            ("RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus.')", "/dev/shm"),
+            ("RuntimeError('unable to write to file </torch_7_1>: No space')", "/dev/shm"),
             ("torch.OutOfMemoryError('CUDA out of memory')", "out of memory: try a smaller -b"),
+            ("FileNotFoundError(2, 'No such file', 'ROOT')", "ROOT: No such file"),
         ):
-            code = f"""import runpy, sys, torch
-def fail(loader):
-    raise {error}
-torch.utils.data.DataLoader.__iter__ = fail
-sys.argv = {words_of(line)!r}
-runpy.run_path({str(HERE / "train.py")!r}, run_name="__main__")"""
-            result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            result = run_behind(f"{fail}(side_effect={error})", line)
             self.assertEqual(result.returncode, 1)
             self.assertIn(sentence, result.stderr.splitlines()[-1])
         tf.ViTForImageClassification(tf.ViTConfig(**VISION)).save_pretrained(TMP / "pointer")
@@ -2475,8 +2421,6 @@ runpy.run_path({str(HERE / "train.py")!r}, run_name="__main__")"""
             torch.testing.assert_close(state["ema"][name], want, msg=lambda m, n=name: f"{n}: {m}")
 
     def test_stochastic_depth_of_transformers(self):
-        import train
-
         config = tf.Dinov2Config(**VISION)
         config.save_pretrained(TMP / "depth")
         call(train_line("depth-run", f"--arch {TMP}/depth --drop-path 0.3 --epochs 1"))
@@ -2529,7 +2473,7 @@ runpy.run_path({str(HERE / "train.py")!r}, run_name="__main__")"""
         shutil.copytree(WORLD / "train", TMP / "no-val/train")
         (TMP / "no-val/val/red_circle").mkdir(parents=True)
         self.refused("no image", train_line("x", data=TMP / "no-val"))
-        self.assertEqual(importlib.import_module("train").first_line(ValueError()), "ValueError: ")
+        self.assertEqual(train.first_line(ValueError()), "ValueError: ")
 
 
 def save_hiera(folder: Path, **changes) -> None:
@@ -2568,8 +2512,6 @@ class Pretraining(Base):
         """Left the image; in the middle hidden patches are grey, the others as they are; right the
         hidden ones are the network's, those it saw are as they are: of Hiera and of ViTMAE, whose
         output has another order. Of a perfect prediction the right is the left."""
-        import train
-
         vit = tf.ViTMAEConfig(**VISION, decoder_hidden_size=16, decoder_num_hidden_layers=1)
         vit.update({"decoder_num_attention_heads": 2, "image_size": 64})
         hiera = tf.HieraConfig.from_pretrained(TMP / "hiera-mae")
@@ -2619,10 +2561,8 @@ class Pretraining(Base):
         call(mae_line("mae-stopped", "--resume"))
         call(mae_line("mae-straight"))
         shell(mae_line("mae-two", "-b 4"), processes=2)
-        one, stopped, two = map(weights_of, ("mae-straight", "mae-stopped", "mae-two"))
-        for name, weight in one.items():
-            self.assertTrue(torch.equal(weight, stopped[name]), name)
-            torch.testing.assert_close(weight, two[name], rtol=1e-3, atol=1e-5)
+        same_weights("mae-straight", "mae-stopped")
+        same_weights("mae-straight", "mae-two", rtol=1e-3, atol=1e-5)
 
     def test_images_that_cannot_be_read_are_no_part_of_the_loss(self):
         """Nor do they move the weights: in another folder without them the batch is as large."""
@@ -2655,10 +2595,9 @@ class Pretraining(Base):
         self.assertEqual(state["rebuild"]["config"]["drop_path_rate"], 0.1)
         name = "hiera.encoder.stages.0.layers.0.attn.qkv.weight"
         torch.testing.assert_close(state["model"][name], weights_of("mae")[name])
-        evaluate = f"evaluate --data {WORLD}/val -j 0 --device cpu"
-        self.assertIn("| 20 |", call(f"{evaluate} {TMP}/tuned/last.pt"))
+        self.assertIn("| 20 |", judge("tuned"))
         sentence = "is an auto-encoder: fine-tune it first, train.py --init"
-        self.refused(sentence, f"{evaluate} {TMP}/mae/last.pt")
+        self.assertRaisesRegex(SystemExit, sentence, judge, "mae")
 
     def test_refusals(self):
         line = mae_line("x")
@@ -2737,8 +2676,6 @@ class Evaluation(Base):
         self.assertIn("| 20 |", printed)
 
     def test_interval_and_groups(self):
-        import evaluate
-
         a = np.array([1, 1, 0, 0, 1, 0, 0, 1], bool)
         b = np.array([1, 1, 1, 0, 0, 1, 1, 1], bool)  # differences 0 0 1 0 -1 1 1 0: mean 2/8
         mean, half = evaluate.paired_difference(a, b)
@@ -2755,8 +2692,6 @@ class Evaluation(Base):
         self.assertIn(f"| 3 | {runs[0]} | {means} |", printed)
 
     def test_groups_of_seeds(self):
-        import evaluate
-
         same = {"data": "val", "arch": "a", "epoch": 1, "selected": "last epoch", "images": 9}
         same |= dict.fromkeys(("top5", "top1_among_these", "difference", "interval"), 0)
         same |= {"classes": 4, "of_classes": 4, "text": {}, "parameters": 1, "images_per_s": 1}
@@ -2774,8 +2709,6 @@ class Evaluation(Base):
         self.assertIn("| 3 | aligned-1 | 28.00 +- 19.08 (+5.00 +- 1.41) |", printed.getvalue())
 
     def test_retrieval(self):
-        import evaluate
-
         rng = np.random.default_rng(0)
         features = rng.normal(size=(30, 8)).astype(np.float32)
         texts = rng.normal(size=(50, 8)).astype(np.float32)
@@ -2838,8 +2771,6 @@ class Evaluation(Base):
     def test_models_and_folders_without_labels(self):
         """Odd images in no class folder through all stages; recall from the plain model's outputs,
         through the adapter where there is one."""
-        import train
-
         images, text = TMP / "unlabelled" / "train", TMP / "unlabelled.jsonl"
         draw_zoo(images)
         (images / "rgba.png").unlink()  # it has another one's pixels, and so its rank
@@ -2945,8 +2876,6 @@ class Evaluation(Base):
 
     def test_cores(self):
         """Those of the process's affinity."""
-        import evaluate
-
         words = ["evaluate", "--data", ".", "resnet18"]
         cores = unittest.mock.patch("os.sched_getaffinity", lambda _: {0, 5, 7}, create=True)
         with cores, unittest.mock.patch.object(sys, "argv", words):

@@ -1949,13 +1949,12 @@ class Training(Base):
     def test_recipes(self):
         for recipe in "resnet", "deit", "finetune", "hiera":
             with self.subTest(recipe):
-                options = f"--recipe {recipe} --no-pretrained --drop-path 0 --warmup-epochs 1"
-                options += " --layer-decay 1"
-                call(train_line(f"recipe-{recipe}", options))
-                config, *epochs = read_lines(TMP / f"recipe-{recipe}" / "log.jsonl")
+                options = "--no-pretrained --drop-path 0 --warmup-epochs 1 --layer-decay 1"
+                call(train_line(f"recipe-{recipe}", f"--recipe {recipe} {options}"))
+                first, *epochs = read_lines(TMP / f"recipe-{recipe}" / "log.jsonl")
                 mixup = 0.8 if recipe in ("deit", "hiera") else 0.0
-                self.assertEqual(config["config"]["mixup"], mixup)
-                self.assertEqual(config["config"]["align_weight"], 1)  # the user's options win
+                self.assertEqual(first["config"]["mixup"], mixup)
+                self.assertEqual(first["config"]["align_weight"], 1)  # the user's options win
                 for entry in epochs:
                     self.assertEqual(entry["unreadable"], 0)
                     self.assertTrue(math.isfinite(entry["loss_align"]))
@@ -1996,8 +1995,7 @@ class Training(Base):
         self.refused("last.pt is damaged: ", f"{again} --resume")
 
     def test_full_disk(self):
-        sentence = "full/last.pt: is the disk full.*"
-        sentence += "what was saved stays: --resume goes on"
+        sentence = "full/last.pt: is the disk full.*what was saved stays: --resume goes on"
         self.fills_the_disk(1_000_000, sentence, train_line("full", "--epochs 1"))
         self.assertFalse((TMP / "full" / "last.pt").exists())
         call(train_line("full", "--epochs 1 --resume"))
@@ -2019,8 +2017,7 @@ class Training(Base):
             call(train_line(amp, f"--amp {amp} --epochs 1"))
             for value in weights_of(amp).values():
                 self.assertTrue(value.dtype == torch.float32 and value.isfinite().all())
-        state = saved("float16")
-        self.assertIn("scale", state["scaler"])
+        self.assertIn("scale", saved("float16")["scaler"])
 
     def test_architectures(self):
         sizes = dict.fromkeys(("mnasnet0_5", "mobilenet_v3_small", "vit_b_16"), 32)
@@ -2099,8 +2096,7 @@ class Training(Base):
     def test_init(self):
         """From a run without labels to one with them: all weights but the last layer's."""
         call(flat_line("first", "--epochs 1"))
-        file = TMP / "first/last.pt"
-        state = torch.load(file, weights_only=True)
+        file, state = TMP / "first/last.pt", saved("first")
         torch.save(state | {"mean": [0.1, 0.2, 0.3]}, file)
         printed = call(train_line("second", f"--init {file} --epochs 1 --lr 1e-9"))
         self.assertIn("all weights but 2: classifier.1.weight, classifier.1.bias\n", printed)
@@ -2334,7 +2330,8 @@ class Training(Base):
         for model, powers in cases.items():
             scales = train.layer_scales(model, 0.5)
             self.assertEqual(len(scales), len(list(model.named_parameters())))
-            self.assertEqual({name: scales[name] for name in powers}, self.halves(powers))
+            found = {name: scales[name] for name in powers}
+            self.assertEqual(found, {name: 0.5**power for name, power in powers.items()})
         args = {"lr": 0.1, "weight_decay": 0.05, "layer_decay": 0.5}
         args |= {"optimizer": "adamw", "beta2": 0.95, "device": "cpu"}
         net = train.Aligned(clip, text_width=64)
@@ -2348,9 +2345,6 @@ class Training(Base):
         self.assertEqual(optimizer.defaults["betas"], (0.9, 0.95))
         self.refused("no transformer blocks", train_line("x", "--layer-decay 0.5"))
 
-    def halves(self, powers: dict[str, int]) -> dict[str, float]:
-        return {name: 0.5**power for name, power in powers.items()}
-
     def test_tower_of_clip(self):
         """Without labels a CLIP is its class token's projection, from the first step on, and what
         evaluation measures is what transformers' own class gives."""
@@ -2359,11 +2353,9 @@ class Training(Base):
         whole.half().save_pretrained(TMP / "clip")
         tf.CLIPImageProcessor(**SQUARE).save_pretrained(TMP / "clip")
         line = flat_line("tower", f"--recipe llm2clip --arch {TMP}/clip --epochs 1 -b 8 --lr 1e-12")
-        printed = call(line)
-        self.assertIn("--pretrained: all weights but 0", printed)
-        entry = read_lines(TMP / "tower/log.jsonl")[1]
-        self.assertAlmostEqual(entry["tau"], 0.07, places=6)
+        self.assertIn("--pretrained: all weights but 0", call(line))
         state = saved("tower")
+        self.assertAlmostEqual(state["log"][1]["tau"], 0.07, places=6)
         self.assertEqual(state["rebuild"]["class"], "CLIPVisionModelWithProjection")
         config = tf.CLIPVisionConfig(**state["rebuild"]["config"])
         tower = tf.CLIPVisionModelWithProjection(config).eval()
@@ -2421,11 +2413,9 @@ class Training(Base):
             torch.testing.assert_close(state["ema"][name], want, msg=lambda m, n=name: f"{n}: {m}")
 
     def test_stochastic_depth_of_transformers(self):
-        config = tf.Dinov2Config(**VISION)
-        config.save_pretrained(TMP / "depth")
+        tf.Dinov2Config(**VISION).save_pretrained(TMP / "depth")
         call(train_line("depth-run", f"--arch {TMP}/depth --drop-path 0.3 --epochs 1"))
-        rebuild = saved("depth-run")["rebuild"]
-        self.assertEqual(rebuild["config"]["drop_path_rate"], 0.3)
+        self.assertEqual(saved("depth-run")["rebuild"]["config"]["drop_path_rate"], 0.3)
         tf.ViTConfig(**VISION).save_pretrained(TMP / "no-depth")
         line = train_line("x", f"--arch {TMP}/no-depth --drop-path 0.3")
         self.refused("no stochastic depth: pass --drop-path 0", line)
@@ -2440,11 +2430,9 @@ class Training(Base):
     def test_learned_temperature(self):
         """It moves, but not below 0.01."""
         call(train_line("tau", "--learn-temperature --temperature 0.005 --lr 1e-6"))
-        state = saved("tau")
-        self.assertAlmostEqual(state["net"]["log_temperature"].exp().item(), 0.01, places=4)
+        self.assertAlmostEqual(saved("tau")["log"][-1]["tau"], 0.01, places=4)
         call(train_line("tau2", "--learn-temperature --temperature 0.5 --text-adapter mlp"))
-        state = saved("tau2")
-        self.assertNotAlmostEqual(state["net"]["log_temperature"].exp().item(), 0.5, places=4)
+        self.assertNotAlmostEqual(saved("tau2")["log"][-1]["tau"], 0.5, places=4)
 
     def test_refusals(self):
         line = functools.partial(train_line, "x")
@@ -2468,8 +2456,7 @@ class Training(Base):
         training = unittest.mock.patch("train.train_epoch", side_effect=AssertionError)
         with training, self.assertRaises(FileExistsError):
             call(train_line(CAPTIONS.name))
-
-    def test_data_and_exceptions_that_are_empty(self):
+        self.refused("does nothing without a contr", line("--align-loss cosine --temperature 1"))
         shutil.copytree(WORLD / "train", TMP / "no-val/train")
         (TMP / "no-val/val/red_circle").mkdir(parents=True)
         self.refused("no image", train_line("x", data=TMP / "no-val"))
@@ -2626,6 +2613,9 @@ def recall(scores: np.ndarray, owner: np.ndarray) -> dict[str, float]:
 
 
 class Evaluation(Base):
+    val = f"--data {WORLD}/val"
+    judged = f"{val} {TMP}/judged/last.pt"
+
     def same_measures(self, found: dict, want: dict) -> None:
         self.assertEqual(list(found), list(want))
         for name, percent in want.items():
@@ -2635,45 +2625,43 @@ class Evaluation(Base):
         if not (TMP / "judged" / "last.pt").exists():
             call(train_line("judged", "--ema-decay 0.5"))
 
-    def evaluate(self, *options) -> str:
-        return call("evaluate", "-j", 0, "--device", "cpu", *options)
+    def evaluate(self, line: str) -> str:
+        return call(f"evaluate -j 0 --device cpu {line}")
 
-    def results(self, *options) -> list[dict]:
-        with tempfile.NamedTemporaryFile(dir=TMP, suffix=".jsonl") as file:
-            self.evaluate(*options, "--out", file.name)
-            return read_lines(Path(file.name))
+    def results(self, line: str) -> list[dict]:
+        (TMP / "results.jsonl").unlink(missing_ok=True)
+        self.evaluate(f"{line} --out {TMP}/results.jsonl")
+        return read_lines(TMP / "results.jsonl")
 
-    def refuses(self, pattern: str, *options) -> None:
-        self.refused(pattern, "evaluate", "-j", 0, "--device", "cpu", *options)
+    def refuses(self, pattern: str, line: str) -> None:
+        self.refused(pattern, f"evaluate -j 0 --device cpu {line}")
 
     def test_subset_by_name_and_unknown_class(self):
         for name in "purple_star", "red_circle":
             shutil.copytree(WORLD / "val" / name, TMP / "subset" / name, dirs_exist_ok=True)
-        options = ["--data", TMP / "subset", TMP / "judged/last.pt", "--out", TMP / "subset.jsonl"]
-        printed = self.evaluate(*options)
-        state = saved("judged")
+        line = f"--data {TMP}/subset {TMP}/judged/last.pt"
+        self.assertIn("top-1 % among these 2 classes", self.evaluate(line))
+        result, state = self.results(line)[0], saved("judged")
         model = torchvision.models.squeezenet1_1(num_classes=4).eval()
         model.load_state_dict(state["model"])
         folder = torchvision.datasets.ImageFolder(TMP / "subset", PRESET)
         with torch.inference_mode():
             logits = torch.cat([model(image[None]) for image, _ in folder])
         two = torch.tensor([state["classes"].index(name) for name in folder.classes])
-        labels, result = two[torch.tensor(folder.targets)], read_lines(TMP / "subset.jsonl")[0]
+        labels = two[torch.tensor(folder.targets)]
         guesses = {"top1": logits.argmax(1), "top1_among_these": two[logits[:, two].argmax(1)]}
         for name, guess in guesses.items():
             top1 = 100 * (guess == labels).float().mean().item()
             self.assertAlmostEqual(result[name], top1, places=4)
-        self.assertIn("top-1 % among these 2 classes", printed)
         shutil.copytree(WORLD / "val/purple_star", TMP / "strange/pink_star", dirs_exist_ok=True)
-        strange = ["--data", TMP / "strange", TMP / "judged/last.pt"]
-        self.refuses("does not know, the first is 'pink_star'", *strange)
+        sentence = "does not know, the first is 'pink_star'"
+        self.refuses(sentence, f"--data {TMP}/strange {TMP}/judged/last.pt")
 
     def test_averaged_weights(self):
         state = saved("judged")
         last, averaged = (state[kind]["classifier.1.weight"] for kind in ("model", "ema"))
         self.assertFalse(torch.equal(averaged, last))
-        printed = self.evaluate("--data", WORLD / "val", TMP / "judged/last.pt", "--ema")
-        self.assertIn("| 20 |", printed)
+        self.assertIn("| 20 |", self.evaluate(f"{self.judged} --ema"))
 
     def test_interval_and_groups(self):
         a = np.array([1, 1, 0, 0, 1, 0, 0, 1], bool)
@@ -2684,12 +2672,10 @@ class Evaluation(Base):
         self.assertAlmostEqual(half, 100 * 1.96 * deviation / math.sqrt(8), places=6)
         for seed in 1, 2:
             call(train_line(f"judged-{seed}", f"--ema-decay 0.5 --seed {seed}"))
-        runs = [TMP / name / "last.pt" for name in ("judged", "judged-1", "judged-2")]
-        out = TMP / "results.jsonl"
-        printed = self.evaluate("--data", WORLD / "val", *runs, "--out", out)
-        top1 = [result["top1"] for result in read_lines(out)]
+        line = f"{self.judged} {TMP}/judged-1/last.pt {TMP}/judged-2/last.pt"
+        top1 = [result["top1"] for result in self.results(line)]
         means = f"{np.mean(top1):.2f} +- {np.std(top1, ddof=1):.2f}"
-        self.assertIn(f"| 3 | {runs[0]} | {means} |", printed)
+        self.assertIn(f"| 3 | {TMP}/judged/last.pt | {means} |", self.evaluate(line))
 
     def test_groups_of_seeds(self):
         same = {"data": "val", "arch": "a", "epoch": 1, "selected": "last epoch", "images": 9}
@@ -2697,16 +2683,22 @@ class Evaluation(Base):
         same |= {"classes": 4, "of_classes": 4, "text": {}, "parameters": 1, "images_per_s": 1}
         same["reference"] = "plain-1"
         rows = []
-        for name, found in ("plain", {1: 10.0, 2: 14.0}), ("aligned", {1: 16.0, 2: 18.0, 3: 50.0}):
+        for name, found, init in (
+            ("plain", {1: 10.0, 2: 14.0}, None),
+            ("aligned", {1: 16.0, 2: 18.0, 3: 50.0}, None),
+            ("from", {1: 20.0, 2: 22.0}, {"epoch": 1}),  # of a run with the same seed
+        ):
             for seed, top1 in found.items():
-                one = {"checkpoint": f"{name}-{seed}", "top1": top1}
-                rows.append(same | one | {"settings": {"name": name, "seed": seed}})
+                settings = {"name": name, "seed": seed, "init": init and init | {"seed": seed}}
+                one = {"checkpoint": f"{name}-{seed}", "top1": top1, "settings": settings}
+                rows.append(same | one)
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             unfinished = rows[1] | {"epoch": 0, "top1": 90.0, "checkpoint": "half"}
             # a run that is named twice counts once, one that is not finished is not like the others
             evaluate.report([*rows, rows[0], unfinished], ["val"])
         self.assertIn("| 2 | plain-1 | 12.00 +- 2.83 |", printed.getvalue())
         self.assertIn("| 3 | aligned-1 | 28.00 +- 19.08 (+5.00 +- 1.41) |", printed.getvalue())
+        self.assertIn("| 2 | from-1 | 21.00 +- 1.41 (+9.00 +- 1.41) |", printed.getvalue())
 
     def test_retrieval(self):
         rng = np.random.default_rng(0)
@@ -2716,30 +2708,27 @@ class Evaluation(Base):
         found = evaluate.retrieval(features, texts, owner)
         self.same_measures(found, recall(features[:25] @ texts.T, owner))
 
-    def text(self, captions: str = "val", embeddings: str = "val") -> list:
-        files = TMP / f"{captions}.jsonl", TMP / f"{embeddings}.npy"
-        if not files[0].exists():
-            options = ["--model", "template", "--prompt", "a {class}", "--out", files[0]]
-            call("caption", "--data", WORLD / "val", *options)
-        if not files[1].exists():
-            call("embed", "--captions", files[0], "--out", files[1], "--model", ENCODER)
-        return ["--captions", files[0], "--embeddings", files[1]]
+    def text(self, captions: str = "val", embeddings: str = "val", encoder: Path = ENCODER) -> str:
+        text, rows = TMP / f"{captions}.jsonl", TMP / f"{embeddings}.npy"
+        if not text.exists():
+            template = f"--model template --prompt 'a {{class}}' --out {text}"
+            call(f"caption {self.val} {template}")
+        if not rows.exists():
+            call(f"embed --captions {text} --out {rows} --model {encoder}")
+        return f"--captions {text} --embeddings {rows}"
 
     def test_texts(self):
-        judged = ["--data", WORLD / "val", TMP / "judged/last.pt"]
-        printed = self.evaluate(*judged, *self.text())
+        printed = self.evaluate(f"{self.judged} {self.text()}")
         self.assertRegex(printed, r"image->text R@1 .* text->image R@10")
         call(train_line("plain", "--epochs 1", text=False))
-        plain = ["--data", WORLD / "val", TMP / "plain/last.pt"]
-        self.refuses("than no captions, of .*plain", *plain, *self.text())
+        line = f"{self.val} {TMP}/plain/last.pt {self.text()}"
+        self.refuses("than no captions, of .*plain", line)
         write_lines(TMP / "strangers.jsonl", [{"image": "x.png", "caption": "a"}])
-        self.refuses("none of its images is in", *judged, *self.text("strangers", "strangers"))
+        strangers = self.text("strangers", "strangers")
+        self.refuses("none of its images is in", f"{self.judged} {strangers}")
         save_text_encoder(TMP / "another", seed=7)
-        options = ["--out", TMP / "val2.npy", "--model", TMP / "another"]
-        call("embed", "--captions", TMP / "val.jsonl", *options)
-        self.refuses(
-            "encoder of --embeddings has another weights_sha256", *judged, *self.text("val", "val2")
-        )
+        another = self.text("val", "val2", TMP / "another")
+        self.refuses("embeddings has another weights_sha256", f"{self.judged} {another}")
 
     def test_text_measures_against_loops(self):
         """With a head that has a BatchNorm, and unequal texts of equal captions."""
@@ -2763,10 +2752,8 @@ class Evaluation(Base):
         order = [line["image"] for line in read_lines(TMP / "val.jsonl")]
         paths = [Path(path).relative_to(WORLD / "val").as_posix() for path, _ in folder.samples]
         self.assertEqual(order, paths)
-        expected = recall(scores, np.arange(20))
-        options = self.text("val", "random")
-        found = self.results("--data", WORLD / "val", TMP / "normed/last.pt", *options, "-b", 7)
-        self.same_measures(found[0]["text"], expected)
+        line = f"{self.val} {TMP}/normed/last.pt {self.text('val', 'random')} -b 7"
+        self.same_measures(self.results(line)[0]["text"], recall(scores, np.arange(20)))
 
     def test_models_and_folders_without_labels(self):
         """Odd images in no class folder through all stages; recall from the plain model's outputs,
@@ -2804,21 +2791,18 @@ class Evaluation(Base):
             with torch.inference_mode():
                 adapted = F.normalize(adapt(rows)).numpy()
                 scores = features_of([images / key for key in keys]) @ adapted.T
-            found = self.results("--data", images, run / "last.pt", *files.split())[0]
+            found = self.results(f"--data {images} {run}/last.pt {files}")[0]
             self.assertNotIn("top1", found)
             self.same_measures(found["text"], recall(scores, np.arange(len(keys))))
-            options = "--data", WORLD / "val", run / "last.pt"
-            self.refuses("has no classes: pass --captions", *options)
-        judged = [TMP / "judged/last.pt", TMP / "unlabelled-mlp/last.pt"]
-        printed = self.evaluate("--data", WORLD / "val", *judged, *self.text())
+            self.refuses("has no classes: pass --captions", f"{self.val} {run}/last.pt")
+        printed = self.evaluate(f"{self.judged} {TMP}/unlabelled-mlp/last.pt {self.text()}")
         self.assertRegex(printed.splitlines()[-1], r"unlabelled-mlp.* \| 20 \|  \|  \| ")
 
     def test_several_folders_numeric_names_and_published_weights(self):
-        classes = sorted(CLASSES[:2] + CLASSES[-2:])
-        for i, name in enumerate(classes):
-            shutil.copytree(WORLD / "val" / name, TMP / "numeric" / str(i), dirs_exist_ok=True)
-        judged, numeric = TMP / "judged/last.pt", TMP / "numeric"
-        printed = self.evaluate("--data", WORLD / "val", "--data", numeric, judged)
+        numeric = TMP / "numeric"
+        for i, name in enumerate(sorted(CLASSES[:2] + CLASSES[-2:])):
+            shutil.copytree(WORLD / "val" / name, numeric / str(i))
+        printed = self.evaluate(f"{self.judged} --data {numeric}")
         rows = [line.split("|")[5:8] for line in printed.splitlines() if "last.pt" in line]
         self.assertEqual(rows[0], rows[1])
         self.assertIn(f"**{numeric}**", printed)
@@ -2826,7 +2810,7 @@ class Evaluation(Base):
         preset = torchvision.models.SqueezeNet1_1_Weights.DEFAULT.transforms()
         # the published weights are not to be had offline
         with unittest.mock.patch("torchvision.models.get_model", lambda *_, **__: model):
-            printed = self.evaluate("--data", numeric, "squeezenet1_1")
+            printed = self.evaluate(f"--data {numeric} squeezenet1_1")
             self.assertIn("SqueezeNet1_1_Weights.IMAGENET1K_V1 | 20 |", printed)
             # ImageNet's folders, of which all but one are empty here, name those of a subset beside
             for i in range(1000):
@@ -2834,8 +2818,8 @@ class Evaluation(Base):
             for root, i in ("synsets", 0), ("some-synsets", 998), ("some-synsets", 3):
                 folder = TMP / root / f"n{i:08d}"
                 shutil.copytree(WORLD / "val/red_circle", folder, dirs_exist_ok=True)
-            folders = ["--data", TMP / "synsets", "--data", TMP / "some-synsets"]
-            result = self.results(*folders, "squeezenet1_1")[1]
+            some = f"--data {TMP}/some-synsets squeezenet1_1"
+            result = self.results(f"--data {TMP}/synsets {some}")[1]
             images = sorted((TMP / "some-synsets").rglob("*.png"))
             with torch.inference_mode():
                 logits = torch.cat([model.eval()(preset(Image.open(i))[None]) for i in images])
@@ -2844,8 +2828,8 @@ class Evaluation(Base):
                 hits = (logits.topk(k).indices == labels[:, None]).any(1)
                 self.assertAlmostEqual(result[name], 100 * hits.float().mean().item(), places=4)
             known = "class.* that squeezenet1_1 does not know, the first is"
-            self.refuses(f"has 2 {known}", "--data", TMP / "some-synsets", "squeezenet1_1")
-            self.refuses(f"has 4 {known}", "--data", WORLD / "val", "squeezenet1_1")
+            self.refuses(f"has 2 {known}", some)
+            self.refuses(f"has 4 {known}", f"{self.val} squeezenet1_1")
 
     def test_turned_and_16_bit_images_reach_the_model(self):
         (TMP / "odd/7").mkdir(parents=True)
@@ -2860,7 +2844,7 @@ class Evaluation(Base):
         model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         preset = torchvision.models.SqueezeNet1_1_Weights.DEFAULT.transforms()
         with unittest.mock.patch("torchvision.models.get_model", lambda *_, **__: model):
-            self.evaluate("--data", TMP / "odd", "squeezenet1_1")
+            self.evaluate(f"--data {TMP}/odd squeezenet1_1")
         deep = Image.fromarray(gray.astype(np.uint8)).convert("RGB")
         expected = torch.stack([preset(deep), preset(upright)])
         self.assertTrue(torch.equal(torch.cat(seen), expected))
@@ -2869,7 +2853,7 @@ class Evaluation(Base):
         shutil.copytree(WORLD / "val", TMP / "damaged")
         broken = next((TMP / "damaged").rglob("*.png"))
         broken.write_bytes(b"nothing")
-        printed = self.evaluate("--data", TMP / "damaged", TMP / "judged/last.pt")
+        printed = self.evaluate(f"--data {TMP}/damaged {TMP}/judged/last.pt")
         reason = f"'{broken}' (UnidentifiedImageError: cannot identify image file"
         self.assertIn(f"1 unreadable images, not counted: {reason}", printed)
         self.assertIn("| 19 |", printed)
@@ -2882,17 +2866,15 @@ class Evaluation(Base):
             self.assertEqual(evaluate.parse_args().workers, 3)
 
     def test_refusals(self):
-        judged = ["--data", WORLD / "val", TMP / "judged/last.pt"]
         torch.save({"model": Base}, TMP / "code.pt")
         torch.save({"model": weights_of("judged")}, TMP / "foreign.pt")
         for name in "code", "foreign":  # all are looked at before the first is evaluated
-            files = [TMP / f"{name}.pt", "--out", TMP / "early.jsonl"]
-            self.refuses("no torchvision model, and no checkpoint", *judged, *files)
+            line = f"{self.judged} {TMP}/{name}.pt --out {TMP}/early.jsonl"
+            self.refuses("no torchvision model, and no checkpoint", line)
         self.assertFalse((TMP / "early.jsonl").exists())
-        self.refuses("no checkpoint: FileNotFound", "--data", WORLD / "val", "resnet5O")
-        nowhere = "--data", TMP / "nowhere", TMP / "judged/last.pt"
-        self.assertRaises(FileNotFoundError, self.evaluate, *nowhere)
-        self.refuses("--ema does nothing", "--data", WORLD / "val", "resnet18", "--ema")
+        self.refuses("no checkpoint: FileNotFound", f"{self.val} resnet5O")
+        self.assertRaises(FileNotFoundError, self.evaluate, f"--data {TMP}/nowhere resnet18")
+        self.refuses("--ema does nothing", f"{self.val} resnet18 --ema")
 
 
 class OnGPU(Base):

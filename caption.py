@@ -2,7 +2,7 @@
 
 In:  --data DIR         DIR/<class>/<image>, as ImageNet; or DIR/<image>: without labels
 Out: --out FILE.jsonl   one JSON object per caption: "image" (path relative to DIR), "caption",
-                        "model", "prompt", "settings"; it appears when all captions are there
+                        "model", "prompt"; it appears when all captions are there
      FILE.jsonl.failed  the images that could not be described, and why (only if there are any)
 
 Launch:
@@ -10,8 +10,7 @@ Launch:
     torchrun --nproc_per_node=8 caption.py --data imagenet/train         # the GPUs of one machine
     python caption.py --data imagenet/train --shard $TASK/64             # task 0..63 of a job array
     python caption.py --data imagenet/train --server http://localhost:8000/v1 --model Qwen/...
-    python caption.py --data imagenet/train --import their_captions.pth  # somebody else's captions
-    python caption.py --data imagenet/train --preview captions.png       # look at twelve first
+    python caption.py --data imagenet/train --preview captions.html      # look at twelve first
 
 Kill it at any moment and run the same line again: it goes on where it stopped. Each process appends
 a line per finished batch (always the same images of the folder's order) to a file of its own in
@@ -24,25 +23,32 @@ import argparse
 import base64
 import collections
 import contextlib
+import dataclasses
 import gc
+import html
+import http.client
 import io
 import json
 import os
 import random
 import re
-import textwrap
+import shutil
+import socket
+import ssl
+import sys
 import threading
 import time
+import urllib.request
 import zlib
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from email.utils import parsedate_to_datetime
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from huggingface_hub import InferenceClient, constants
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.models import ResNet50_Weights
@@ -51,55 +57,80 @@ from tqdm import tqdm
 MODEL = "HuggingFaceTB/SmolVLM-500M-Instruct"  # small, well known, runs on any GPU
 PROMPT = "Describe this image in detail."
 SETTINGS = ["model", "revision", "dtype", "prompt", "max_new_tokens", "batch_size"]
-SETTINGS += ["num_captions", "temperature", "top_p", "seed", "max_side"]
+SETTINGS += ["num_captions", "temperature", "top_p", "seed", "max_side", "extra_body"]
 BLACK = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQAAAACCEkxzAAAAD0lEQVR42m"
 BLACK += "NgGAWjgHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"  # 64 x 64 pixels
-WAIT, TIMEOUT = 0.5, 300.0  # seconds: before a server is asked again (it doubles), for an answer
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str:
-        without = action.default is None or action.default is False  # 0 is a default, too
-        return action.help if without else super()._get_help_string(action)
+Answers = Iterator[list[list[str] | str]]  # of a batch's questions: captions, or why there are none
 
 
 def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
+    form = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=form)
     add = p.add_argument
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = max(1, min(4, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     dtypes = ["auto", "float32", "bfloat16", "float16"]
+    body = 'JSON for --server\'s requests; {"chat_template_kwargs": {...}} holds without it, too'
     add("--data", required=True, help="folder of images: DIR/<class>/<image> or DIR/<image>")
-    add("--out", default="captions.jsonl", help="where the captions go")
-    add("--model", default=MODEL, help="hub id or folder; template: the prompt is the caption")
-    add("--prompt", action="append", help=f"may hold {{class}}; repeatable (default: {PROMPT})")
+    add("--out", default="captions.jsonl", help="where the captions go (%(default)s)")
+    add("--model", default=MODEL, help=f"hub id or folder ({MODEL}); template: the prompt itself")
+    add("--prompt", action="append", help=f"may hold {{class}}; repeatable ({PROMPT})")
     add("--class-names", help="readable names: JSON {folder: name} or lines 'folder<TAB>name'")
     add("--batch-size", type=int, help="images per generate call (16, on a GPU 64)")
-    add("--max-new-tokens", type=int, default=128, help="length limit of a caption")
-    add("--num-captions", type=int, default=1, help="sampled captions per image and prompt")
-    add("--temperature", type=float, default=0.0, help="0 decodes greedily")
-    add("--top-p", type=float, default=1.0, help="of the sampling: only the likeliest tokens")
-    add("--seed", type=int, default=0, help="of the sampling and of --preview's choice of images")
-    add("-j", "--workers", type=int, default=workers, help="processes that prepare images")
+    add("--max-new-tokens", type=int, default=128, help="length limit of a caption (%(default)s)")
+    add("--num-captions", type=int, default=1, help="sampled captions per image and prompt (1)")
+    add("--temperature", type=float, default=0.0, help="of the sampling; 0 (default): greedy")
+    add("--top-p", type=float, default=1.0, help="of the sampling: only the likeliest tokens (1)")
+    add("--seed", type=int, default=0, help="of the sampling and of --preview's images (0)")
+    add("--max-side", type=int, default=1024, help="larger images are shrunk to it (1024; 0: not)")
+    add("-j", "--workers", type=int, default=workers, help="processes that read (%(default)s)")
     add("--device", help="cuda, cuda:N, mps or cpu (what torch finds)")
-    add("--dtype", default="auto", choices=dtypes, help="of the weights; auto: as they were saved")
+    add("--dtype", default="auto", choices=dtypes, help="of the weights (auto: as they were saved)")
     add("--server", metavar="URL", help="ask --model there; its key: OPENAI_API_KEY")
-    add("--concurrency", type=int, default=64, help="requests to --server at once, up to 100")
-    add("--max-side", type=int, default=1024, help="larger images go to --server at this size")
-    add("--revision", default="main", help="branch, tag or commit of a hub model")
+    add("--concurrency", type=int, default=64, help="requests to --server at once (%(default)s)")
+    add("--patience", type=float, default=3600, help="seconds to wait for an absent server (3600)")
+    add("--extra-body", type=json.loads, default={}, metavar="JSON", help=body)
+    add("--revision", default="main", help="branch, tag or commit of a hub model (%(default)s)")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
     add("--limit", type=int, help="describe only the first N images of the folder's order")
     add("--retry-failed", action="store_true", help="do the batches again in which images failed")
     add("--shard", default="0/1", help="I/N: part I (from 0) of N; torchrun splits a part further")
-    add("--import", dest="published", metavar="FILE", help="somebody's .pth, .txt, .json, .jsonl")
-    add("--preview", metavar="PNG", help="draw twelve random images with captions, and stop")
+    add("--preview", metavar="FILE.html", help="show twelve random images with captions, and stop")
     args = p.parse_args()
     args.prompt = args.prompt or [PROMPT]
-    args.rank, args.world = process_rank()
-    args.device = choose_device(args.device, args.world)
-    args.batch_size = args.batch_size or (16 if args.device == "cpu" else 64)
     check(p, args)
+    if not isinstance(args.extra_body, dict):
+        p.error('--extra-body: expected a JSON object, {"max_completion_tokens": 128} for one')
+    if not args.server and args.extra_body.keys() - {"chat_template_kwargs"}:
+        p.error("--extra-body: without --server only chat_template_kwargs has an effect")
+    if not (args.preview or ".html").endswith(".html"):
+        p.error("--preview writes a page: name it FILE.html")
+    sampling = {"temperature": args.temperature, "top_p": args.top_p}
+    args.fields = {"model": args.model, "n": args.num_captions, "seed": args.seed} | sampling
+    args.fields |= {"max_tokens": args.max_new_tokens} | args.extra_body
+    args.generation = {"max_new_tokens": args.max_new_tokens, "num_beams": 1}
+    args.generation |= {"num_return_sequences": args.num_captions, "do_sample": False}
+    args.generation |= sampling | {"do_sample": True, "top_k": 0} if args.temperature else {}
     return args
+
+
+def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if unknown := set(re.findall(r"{\w*}", " ".join(args.prompt))) - {"{class}"}:
+        p.error(f"--prompt: {unknown} is not known, only {{class}} is")
+    counts = [args.batch_size, args.max_new_tokens, args.num_captions, args.concurrency, args.limit]
+    if min(1 if count is None else count for count in counts) < 1:
+        p.error("numbers of images, tokens, captions and requests start at 1")
+    if min(args.workers, args.max_side, args.patience, args.temperature) < 0:
+        p.error("-j, --max-side, --patience and --temperature start at 0")
+    if args.model == "template" and args.prompt == [PROMPT]:
+        p.error('--model template needs a --prompt, "a photo of a {class}" for one')
+    if args.num_captions > 1 and args.temperature == 0:
+        p.error("--num-captions above 1 needs --temperature above 0: greedy ones are all the same")
+    if not re.match("https?://.", args.server or "http://a"):
+        p.error(f"--server {args.server}: an address begins with http:// or https://")
+    part = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+    if not part or int(part[1]) >= int(part[2]):
+        p.error(f"--shard {args.shard}: expected I/N with 0 <= I < N")
 
 
 def process_rank() -> tuple[int, int]:
@@ -130,26 +161,6 @@ def choose_device(name: str | None, world: int) -> str:
     return str(device)
 
 
-def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if unknown := set(re.findall(r"{\w*}", " ".join(args.prompt))) - {"{class}"}:
-        p.error(f"--prompt: {unknown} is not known, only {{class}} is")
-    counts = args.batch_size, args.max_new_tokens, args.num_captions, args.workers + 1
-    counts += args.concurrency, args.max_side, 1 if args.limit is None else args.limit
-    if min(counts) < 1 or args.concurrency > 100:
-        p.error("numbers of images, tokens, requests (up to 100), pixels start at 1, -j at 0")
-    if args.model == "template" and args.prompt == [PROMPT]:
-        p.error('--model template needs a --prompt, "a photo of a {class}" for one')
-    if args.num_captions > 1 and args.temperature == 0:
-        p.error("--num-captions above 1 needs --temperature above 0: greedy ones are all the same")
-    if not re.match("https?://", args.server or "http://"):
-        p.error(f"--server {args.server}: an address begins with http:// or https://")
-    part = re.fullmatch(r"(\d+)/(\d+)", args.shard)
-    if not part or int(part[1]) >= int(part[2]):
-        p.error(f"--shard {args.shard}: expected I/N with 0 <= I < N")
-    args.shard = int(part[1]) * args.world + args.rank
-    args.shards = int(part[2]) * args.world
-
-
 # Names of editors, of macOS' archives, of our own parts: no class and no image.
 HIDDEN = re.compile(r"\..*|__MACOSX|.*\.parts", re.DOTALL)
 
@@ -174,32 +185,41 @@ def list_images(folder: str, allow_empty: bool = False) -> tuple[list[str], list
 
 def list_keys(data: str) -> list[str]:
     """Keys (POSIX paths relative to `data`) of all images, in order."""
-    try:
+    with in_a_sentence(f"--data {data}"):
         classes, samples = list_images(data)
-    except OSError as error:
-        raise SystemExit(f"--data {data}: {error}") from error
     if {"train", "val"} <= set(classes):
         raise SystemExit(f"--data {data}: did you mean {os.path.join(data, 'train')}?")
     return [os.path.relpath(path, data).replace(os.sep, "/") for path, _ in samples]
 
 
-def name_classes(args: argparse.Namespace, keys: list[str]) -> dict[str, str]:
-    """{class folder: name} of --class-names (the first of synonyms), of ImageNet or the folder."""
-    if not any("{class}" in prompt for prompt in args.prompt):
+def read_names(file: str) -> dict[str, str]:
+    """{class folder: name}, of synonyms the first: of JSON {folder: name or names}, or of lines
+    with a tab, else white space, behind the folder."""
+    text = Path(file).read_text(encoding="utf-8-sig")
+    if file.lower().endswith(".json"):
+        pairs = json.loads(text).items()
+    else:
+        lines = [line.strip() for line in text.splitlines()]
+        parts = [line.partition("\t" if "\t" in line else " ") for line in lines]
+        pairs = [(folder, name) for folder, _, name in parts]
+    names = {folder: name[0] if isinstance(name, list) else name for folder, name in pairs}
+    return {folder.strip(): name.split(",")[0].strip() for folder, name in names.items()}
+
+
+def name_classes(keys: list[str], prompts: list[str], file: str | None) -> dict[str, str]:
+    """{class folder: name}, if a prompt asks for it: of the file, of ImageNet or of the folder."""
+    if not any("{class}" in prompt for prompt in prompts):
         return {}
-    if "/" not in keys[0]:
+    folders = sorted({key.split("/")[0] for key in keys if "/" in key})
+    if not folders:
         raise SystemExit("{class}: the images of --data are not in class folders")
-    folders = sorted({key.split("/")[0] for key in keys})
-    if args.class_names:
-        try:
-            text = Path(args.class_names).read_text(encoding="utf-8")
-            lines = [line.split("\t", 1) for line in text.splitlines()]
-            names = dict(json.loads(text) if args.class_names.endswith(".json") else lines)
-            if missing := set(folders) - set(names):
-                raise ValueError(f"no name for {len(missing)} class folders, as {min(missing)}")
-            return {folder: names[folder].split(",")[0].strip() for folder in folders}
-        except (OSError, ValueError, TypeError) as error:
-            raise SystemExit(f"--class-names {args.class_names}: {first_line(error)}") from error
+    if file:
+        with in_a_sentence(f"--class-names {file}"):
+            names = read_names(file)
+        if missing := [folder for folder in folders if not names.get(folder)]:
+            what = f"no name for {len(missing)} class folders, as {missing[0]}"
+            raise SystemExit(f"--class-names {file}: {what}")
+        return {folder: names[folder] for folder in folders}
     if not all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
         return {folder: folder.replace("_", " ") for folder in folders}
     if len(folders) != 1000:
@@ -243,225 +263,217 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def load(kind: type, args: argparse.Namespace, **options):
-    options |= {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+@contextlib.contextmanager
+def in_a_sentence(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside ends the run, and is told."""
     try:
-        return kind.from_pretrained(args.model, **options)
-    except (ImportError, OSError, ValueError, torch.OutOfMemoryError) as error:
-        raise SystemExit(f"--model {args.model}: cannot load it: {first_line(error)}") from error
+        yield
+    except Exception as error:
+        raise SystemExit(f"{what}: {first_line(error)}") from error
 
 
+def clean(texts: list[str]) -> list[str] | str:
+    """What a model wrote of an image, its white space made single, without its thoughts; or why
+    these are no captions."""
+    captions = [" ".join(text.split("</think>")[-1].split()) for text in texts]
+    if not all(captions) or any("<think>" in caption for caption in captions):
+        return "an empty caption, or thoughts without an end"
+    return captions
+
+
+NOT_FINITE = "the model's scores are not finite: another --dtype may help"
+
+
+def load_model(name: str, *, device: str = "cpu", dtype: str = "auto", **options) -> tuple:
+    """Model and processor. SystemExit where weights are missing, as they would be random."""
+    strict = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    kind = transformers.AutoModelForImageTextToText
+    with in_a_sentence(f"--model {name}: cannot load it"):
+        model, info = kind.from_pretrained(name, dtype=dtype, **strict, **options)
+        processor = transformers.AutoProcessor.from_pretrained(name, **options)
+        model.eval().to(device)
+    if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        what = f"{len(lacking)} weights are missing or of another shape, as {lacking[0]}"
+        raise SystemExit(f"--model {name} is not whole: {what}")
+    if getattr(processor, "tokenizer", None) is None or model.config.model_type == "git":
+        raise SystemExit(f"--model {name} takes no prompt")
+    return model, processor
+
+
+class Watch(transformers.LogitsProcessor):
+    """Notes each row's largest score, which is NaN if one is; sampling would end with an error."""
+
+    def __init__(self, sampling: bool):
+        self.sampling, self.largest = sampling, []
+
+    def __call__(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.largest.append(scores.amax(-1))
+        if self.sampling:
+            scores = scores.masked_fill(~self.largest[-1].isfinite()[:, None], 0.0)
+        return scores
+
+
+@dataclasses.dataclass
 class Describer:
-    """A model with a chat template (LLaVA, Qwen-VL, ...), or with a plain prompt (BLIP-2, ...)."""
+    """A multimodal LLM with a chat template (LLaVA, Qwen-VL, ...) or a plain prompt (BLIP-2, ...):
 
-    def __init__(self, args: argparse.Namespace, keys: list[str], names: dict[str, str]):
-        self.args, self.keys, self.names = args, keys, names
-        self.seconds = self.new_tokens = self.cut = self.image_bytes = 0
-        self.options = {"max_new_tokens": args.max_new_tokens, "num_beams": 1}
-        self.options |= {"num_return_sequences": args.num_captions, "do_sample": False}
-        if args.temperature:
-            sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-            self.options |= sampling | {"do_sample": True}
-        self.model = load(transformers.AutoModelForImageTextToText, args, dtype=args.dtype).eval()
-        self.dtype = self.model.to(args.device).dtype
-        self.processor = load(transformers.AutoProcessor, args)
-        self.tokenizer = getattr(self.processor, "tokenizer", None)
-        if self.tokenizer is None or self.model.config.model_type == "git":
-            raise SystemExit(f"--model {args.model} takes no prompt")
+    Describer(*load_model("Qwen/...")).describe([("cat.jpg", "Describe it.")])
+    """
+
+    model: transformers.PreTrainedModel
+    processor: transformers.ProcessorMixin
+    template: dict = dataclasses.field(default_factory=dict)  # what the chat template takes
+    generation: dict = dataclasses.field(default_factory=dict)  # what model.generate() takes
+    batch_size: int = 16
+    max_side: int = 1024  # pixels
+
+    def __post_init__(self):
+        self.tokenizer = self.processor.tokenizer
         self.tokenizer.model_input_names = ["input_ids", "attention_mask"]  # no token types
         self.tokenizer.padding_side = "left"  # new tokens must follow the prompt directly
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         if self.model.generation_config.pad_token_id is None:
             self.model.generation_config.pad_token_id = self.tokenizer.pad_token_id
-        self.probe()
+        self.special = torch.tensor(self.tokenizer.all_special_ids)
+        self.each = self.generation.get("num_return_sequences", 1)
+        self.cut = self.image_bytes = 0
+        self.dtype, self.chat = self.model.dtype, bool(self.processor.chat_template)
+        self.room = torch.tensor(self.batch_size).share_memory_()  # workers see it shrink
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"model": None, "bar": None}  # spawned workers need no weights
+        return self.__dict__ | {"model": None}  # spawned workers need no weights
 
-    def probe(self) -> None:
+    def probe(self, prompts: list[str]) -> None:
         """Caption two grey images: what cannot be done shows now, not as a million failures."""
         images = [Image.new("RGB", size, "grey") for size in ((300, 200), (1024, 768))]
         image_token = getattr(self.model.config, "image_token_id", None)
-        name = f"--model {self.args.model}"
-        for prompt in self.args.prompt:
-            try:
-                inputs = self.encode(images, prompt)
-                self.generate(inputs, max_new_tokens=2)
-            except Exception as error:
-                raise SystemExit(f"{name} cannot take {prompt!r}: {first_line(error)}") from error
-            if image_token is not None and image_token not in inputs["input_ids"]:
-                raise SystemExit(f"{name}: its processor puts no image into the prompt")
+        for prompt in prompts:
+            with in_a_sentence(f"--model cannot take {prompt!r}"):
+                inputs = self.encode(images, [prompt] * 2)
+                if self.generate(inputs, max_new_tokens=2) == [NOT_FINITE] * 2:
+                    raise ValueError(NOT_FINITE)
+                if image_token is not None and image_token not in inputs["input_ids"]:
+                    raise ValueError("its processor puts no image into the prompt")
             self.image_bytes += sum(x.nbytes for x in inputs.values()) // len(images)
+        self.cut = 0
 
-    def encode(self, images: list[Image.Image], prompt: str) -> dict:
-        """The model's inputs, left-padded, in its dtype, for images that share a prompt."""
-        if getattr(self.processor, "chat_template", None):
-            text = {"type": "text", "text": prompt}
-            contents = [[{"type": "image", "image": image}, text] for image in images]
-            chats = [[{"role": "user", "content": content}] for content in contents]
-            options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-            options |= {"add_generation_prompt": True, "processor_kwargs": {"padding": True}}
-            inputs = self.processor.apply_chat_template(chats, **options)
+    def encode(self, images: list[Image.Image], texts: list[str]) -> dict:
+        """generate()'s inputs, left-padded; without a chat template for one text."""
+        if self.chat:
+            texts = [{"type": "text", "text": text} for text in texts]
+            images = [{"type": "image", "image": image} for image in images]
+            inputs = self.processor.apply_chat_template(
+                [[{"role": "user", "content": list(c)}] for c in zip(images, texts, strict=True)],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True},
+                **self.template,
+            )
         else:
-            text = [prompt] * len(images)
-            inputs = self.processor(images=images, text=text, return_tensors="pt")
+            inputs = self.processor(images=images, text=texts, return_tensors="pt")
         return dict(transformers.BatchFeature(inputs).to(self.dtype))
 
     @torch.inference_mode()
-    def generate(self, inputs: dict, **changes) -> list[str]:
-        """`--num-captions` captions of each row of `inputs`, rows in order."""
-        args, model, start = self.args, self.model, time.perf_counter()
-        inputs = transformers.BatchFeature(inputs).to(args.device, non_blocking=True)
-        prompt = inputs["input_ids"].repeat_interleave(args.num_captions, 0)  # BLIP changes it
-        tokens = model.generate(**inputs, **(self.options | changes))
+    def generate(self, inputs: dict, **changes) -> list[list[str] | str]:
+        """For each row of encode()'s inputs its captions, or why there are none."""
+        watch = Watch(self.generation.get("do_sample", False))
+        inputs = transformers.BatchFeature(inputs).to(self.model.device, non_blocking=True)
+        prompt = inputs["input_ids"].repeat_interleave(self.each, 0)  # BLIP changes it
+        options = self.generation | changes
+        tokens = self.model.generate(**inputs, **options, logits_processor=[watch])
         for cut in (prompt.shape[1], prompt.shape[1] - 1):  # BLIP's output lacks its last token
             if cut > 1 and torch.equal(tokens[:, 1:cut], prompt[:, 1:cut]):
                 tokens = tokens[:, cut:]
                 break
+        ends = torch.isin(tokens[:, -1].cpu(), self.special)  # an end, or what fills the row
+        self.cut += len(ends) - int(ends.sum())
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        special = torch.isin(tokens, tokens.new_tensor(self.tokenizer.all_special_ids))
-        self.new_tokens += int((~special).sum())
-        self.cut += int((~special[:, -1]).sum())  # without an end, and what fills up the row
-        self.seconds += time.perf_counter() - start
-        return [" ".join(text.split()) for text in texts]
+        found = [clean(texts[i : i + self.each]) for i in range(0, len(texts), self.each)]
+        sound = torch.stack(watch.largest).isfinite().all(0).view(-1, self.each).all(1).tolist()
+        return [one if ok else NOT_FINITE for one, ok in zip(found, sound, strict=True)]
 
-    def answers(self, todo: list[range]) -> Iterator[dict[tuple[int, str], list[str] | str]]:
-        """describe() of each batch. What waits for the model takes at most about 4 GB."""
-        args, room = self.args, int(4e9 // (self.image_bytes * self.args.batch_size))
-        workers = min(args.workers, max(1, room))
-        options = {"num_workers": workers, "pin_memory": args.device.startswith("cuda")}
-        options |= {"prefetch_factor": min(2, room // workers) or 1} if workers else {}
-        options |= {"batch_sampler": todo, "collate_fn": self.read}
-        gc.freeze()  # else each worker's first full collection copies what it shares with us
-        self.seconds = self.new_tokens = self.cut = 0
-        loader = DataLoader(range(len(self.keys)), **options)
-        for batch, requests in zip(todo, loader, strict=True):
-            # sampling is the same whoever does this batch
-            torch.manual_seed(args.seed * 1_000_003 + batch.start // args.batch_size)
-            yield self.describe(requests)
-
-    def read(self, batch: Iterable[int], prompts: Iterable[str] = ()) -> list:
-        """[(prompt, images, model inputs or why there are none)]; in a DataLoader's worker."""
-        images, requests, prompts = {}, [], prompts or self.args.prompt
-        for i in batch:
+    def read(self, pairs: list[tuple[str, str]]) -> list[tuple[list, dict | str]]:
+        """[(some of the (image file, text) pairs, generate()'s inputs for them or why there are
+        none)]; in a worker."""
+        images, groups, requests = {}, collections.defaultdict(list), []
+        for path, text in pairs:
             try:
-                images[i] = load_image(os.path.join(self.args.data, self.keys[i]))
+                if path not in images:
+                    images[path] = load_image(path)
+                    images[path].thumbnail((self.max_side, self.max_side))
+                groups["" if self.chat else text].append((path, text))
             except Exception as error:  # whatever a decoder raises, it costs this image only
-                requests += [(prompt, [i], first_line(error)) for prompt in prompts]
-        for prompt in prompts:
-            groups = collections.defaultdict(list)  # the model is given one text at a time
-            for i in images:
-                groups[in_words(prompt, self.keys[i], self.names)].append(i)
-            for text, group in groups.items():
-                try:
-                    inputs = self.encode([images[i] for i in group], text)
-                except Exception as error:  # one of them is too odd (1 x 4000 pixels, say)
-                    inputs = first_line(error)
-                requests.append((prompt, group, inputs))
+                requests.append(([(path, text)], first_line(error)))
+        size = int(self.room)
+        for some in [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]:
+            try:
+                inputs = self.encode([images[path] for path, _ in some], [text for _, text in some])
+            except Exception as error:  # one of them is too odd (1 x 4000 pixels, say)
+                inputs = first_line(error)
+            requests.append((some, inputs))
         return requests
 
-    def describe(self, requests: list) -> dict[tuple[int, str], list[str] | str]:
-        """{(image, prompt): captions, or why there are none}. What does not fit into memory, or
-        holds an image that the model cannot take, is halved until that image is alone."""
-        found, each = {}, self.args.num_captions
-        for prompt, group, inputs in requests:
-            texts = inputs
-            if not isinstance(inputs, str):
+    def describe(self, pairs: list[tuple[str, str]], requests=None) -> dict[tuple, list[str] | str]:
+        """{(image file, text): captions, or why there are none}; `requests` is what read() made of
+        the pairs. What does not fit into memory, or holds an image that the model cannot take, is
+        halved until that image is alone."""
+        found, requests = {}, requests or self.read(pairs)
+        while requests:
+            some, results = requests.pop()
+            some = [tuple(pair) for pair in some]  # of which torch 2.9's pin_memory makes lists
+            if not isinstance(results, str):
                 try:
-                    texts = self.generate(inputs)
-                except (torch.OutOfMemoryError, ValueError, IndexError) as error:
-                    texts = first_line(error)
-            if not isinstance(texts, str):
-                found |= {(i, prompt): texts[k * each :][:each] for k, i in enumerate(group)}
-            elif len(group) == 1:
-                found[group[0], prompt] = texts
+                    results = self.generate(results)
+                except Exception as error:
+                    results = first_line(error)
+            if not isinstance(results, str):
+                found |= dict(zip(some, results, strict=True))
+                continue
+            full = re.search("OutOfMemory|out of memory|allocate memory|ALLOC_FAILED", results)
+            if re.search("(CUDA|HIP) error", results) and not full:
+                raise SystemExit(f"{results}: the GPU is lost to this process; start it again")
+            half = (len(some) + 1) // 2
+            if len(some) > 1:
+                torch.accelerator.empty_cache()
+                if full:  # for the rest of the run
+                    self.room.clamp_(max=half)
+                requests += self.read(some[:half]) + self.read(some[half:])
             else:
-                torch.cuda.empty_cache()
-                for half in (group[: len(group) // 2], group[len(group) // 2 :]):
-                    found |= self.describe(self.read(half, [prompt]))
+                found[some[0]] = results
+                if full:  # it would fit nowhere, which says nothing of the others
+                    self.room.fill_(self.batch_size)
         return found
 
 
-class Server:
-    """Any model behind an OpenAI-compatible address (vLLM, SGLang, llama.cpp, hosted ones), with
-    Describer's answers(): `--concurrency` images are under way, of several batches."""
-
-    def __init__(self, args: argparse.Namespace, keys: list[str], names: dict[str, str]):
-        self.args, self.keys, self.names, self.bar = args, keys, names, tqdm(disable=True)
-        self.pool, self.stopped = ThreadPoolExecutor(args.concurrency), threading.Event()
-        self.lock, self.seconds, self.new_tokens, self.cut = threading.Lock(), 0, 0, 0
-        self.options = {k: getattr(args, k) for k in ("model", "temperature", "top_p", "seed")}
-        self.options |= {"max_tokens": args.max_new_tokens, "n": args.num_captions}
-        constants.HF_HUB_OFFLINE = False  # it is not the hub that is asked
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"  # not the hub's
-        self.client = InferenceClient(base_url=args.server, api_key=self.key, timeout=TIMEOUT)
-        answer = self.ask(-1, args.prompt[0], attempts=3)
-        if isinstance(answer, str) or len(answer) != args.num_captions:
-            raise SystemExit(f"--server {args.server}, for {args.num_captions} captions: {answer}")
-
-    def answers(self, todo: list[range]) -> Iterator[dict[tuple[int, str], list[str] | str]]:
-        """{(image, prompt): captions, or why there are none} of each batch, in order."""
-        self.seconds = self.new_tokens = self.cut = 0  # without the first question
-        waiting, ahead = collections.deque(), 2 * self.args.concurrency // self.args.batch_size + 2
-        try:
-            for batch in todo:
-                pairs = [(i, prompt) for i in batch for prompt in self.args.prompt]
-                waiting.append({pair: self.pool.submit(self.ask, *pair) for pair in pairs})
-                while len(waiting) > ahead or (waiting and batch == todo[-1]):
-                    yield {pair: done.result() for pair, done in waiting.popleft().items()}
-        finally:
-            self.stopped.set()
-            self.pool.shutdown(cancel_futures=True)
-
-    def ask(self, i: int, prompt: str, attempts: int = 10**9) -> list[str] | str:
-        """Captions of image i (-1: a black one), or why there are none. A server that is busy or
-        away is asked again, ever later; one that answers 500 to this image, eight times."""
-        key = self.keys[i] if i >= 0 else ""
-        try:
-            url = data_url(self.args.data, key, self.args.max_side) if key else BLACK
-        except Exception as error:  # whatever a decoder raises, it costs this image only
-            return first_line(error)
-        text = {"type": "text", "text": in_words(prompt, key, self.names)}
-        image = {"type": "image_url", "image_url": {"url": url}}
-        chat = [{"role": "user", "content": [image, text]}]
-        status, attempt, start = 0, 0, time.perf_counter()
-        while status not in (400, 413, 415, 422) and attempt < (8 if status == 500 else attempts):
-            try:
-                answer = self.client.chat_completion(chat, **self.options)
-                with self.lock:
-                    self.seconds += (time.perf_counter() - start) / self.args.concurrency
-                    self.new_tokens += getattr(answer.usage, "completion_tokens", 0) or 0
-                    self.cut += sum(one.finish_reason == "length" for one in answer.choices)
-                return [" ".join((one.message.content or "").split()) for one in answer.choices]
-            except Exception as error:  # each HTTP library has its own
-                status, words, after = refusal(error)
-            words, attempt = " ".join(words.split()).replace(self.key, "***")[:300], attempt + 1
-            if status in (401, 403, 404):
-                raise SystemExit(f"--server {self.args.server}: {words}")
-            pause = max(after, min(60, WAIT * 2 ** min(attempt, 7)) * random.uniform(0.5, 1))
-            self.bar.set_postfix_str(f"asking again in {pause:.0f} s: {words}")
-            if self.stopped.wait(pause):
-                raise SystemExit("interrupted")
-        return words
+def ask_model(describer: Describer, questions: list, workers: int, seed: int) -> Answers:
+    """describe() of each batch of questions. What waits for the model takes at most about 4 GB."""
+    room = int(4e9 // (describer.image_bytes * describer.batch_size))
+    workers = min(workers, max(1, room))
+    loader = DataLoader(
+        questions,
+        batch_size=None,
+        collate_fn=describer.read,
+        num_workers=workers,
+        prefetch_factor=min(2, room // workers) or 1 if workers else None,
+        pin_memory=describer.model.device.type == "cuda",
+    )
+    gc.freeze()  # else each worker's first full collection copies what it shares with us
+    with in_a_sentence(f"-j {workers}"):  # of whom one may be killed for its memory
+        for pairs, requests in zip(questions, loader, strict=True):
+            first = os.path.basename(pairs[0][0])  # sampling is the same whoever does this batch
+            torch.manual_seed(zlib.crc32(f"{seed} {first}".encode(errors="replace")))
+            found = describer.describe(pairs, requests)
+            yield [found[pair] for pair in pairs]
 
 
-def refusal(error: Exception) -> tuple[int, str, int]:
-    """Status (0: no answer), words, and the seconds that the server wants to be left alone."""
-    responses = [getattr(e, "response", None) for e in (error, error.__context__)]
-    response = responses[0] or responses[1]  # the second: where the client stumbled over it
-    if response is None:
-        return 0, f"no answer, {first_line(error)}", 0
-    after = re.match(r"\d{0,4}", response.headers.get("retry-after", ""))[0]  # not a date
-    return response.status_code, f"{response.status_code} {response.text}", int(after or 0)
-
-
-def data_url(folder: str, key: str, side: int) -> str:
+def data_url(path: str, side: int) -> str:
     """A file as it is, if upright, of a common kind and no larger than `side`; else a JPEG."""
-    path = os.path.join(folder, key)
     with Image.open(path) as file:
-        kind, upright = file.format, orientation(file) == 1
+        kind, large = file.format, max(file.size) > side
         common = kind in ("JPEG", "PNG", "WEBP") and file.mode in ("RGB", "L")
-        common &= upright and max(file.size) <= side and "transparency" not in file.info
+        common &= orientation(file) == 1 and "transparency" not in file.info and not large
     stream = io.BytesIO(Path(path).read_bytes() if common else b"")
     if not common:
         image, kind = load_image(path), "JPEG"
@@ -470,22 +482,139 @@ def data_url(folder: str, key: str, side: int) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def in_words(prompt: str, key: str, names: dict[str, str]) -> str:
-    return prompt.replace("{class}", names.get(key.split("/")[0], ""))
+WAIT, TIMEOUT = 0.25, 300.0  # seconds: before a server is asked again (it doubles), for an answer
 
 
-def records_of(source, batch: range, settings: str, found: dict) -> list[dict]:
-    """What is to be written of a batch: for each image all its captions, or one error."""
-    records = []
-    for i in batch:
-        image, results = source.keys[i], {p: found[i, p] for p in source.args.prompt}
-        errors = [result for result in results.values() if isinstance(result, str)]
-        if errors:
-            records.append({"image": image, "error": errors[0]})
+class AnyStatus(urllib.request.HTTPErrorProcessor):
+    """An answer is an answer: errors do not raise, redirections are not followed."""
+
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
+
+
+@dataclasses.dataclass
+class Server:
+    """A model behind an OpenAI-compatible address (vLLM, SGLang, llama.cpp, hosted ones), reached
+    through the proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name, if any:
+
+    Server("http://localhost:8000/v1", {"model": "Qwen/..."}).describe("cat.jpg", "Describe it.")
+    """
+
+    url: str
+    fields: dict  # of a request: "model", "max_tokens", "temperature", ...
+    key: str = "EMPTY"
+    max_side: int = 1024  # pixels
+    patience: float = 3600.0  # seconds
+    tell: Callable[[str], None] = print
+
+    def __post_init__(self):
+        self.url = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        absent = {"max_tokens"} if "max_completion_tokens" in self.fields else set()
+        absent |= {name for name, value in self.fields.items() if value is None}
+        self.fields = {name: self.fields[name] for name in self.fields.keys() - absent}
+        context = urllib.request.HTTPSHandler(context=ssl.create_default_context())
+        self.opener = urllib.request.build_opener(AnyStatus, context)
+        self.heard, self.lock, self.cut = time.monotonic(), threading.Lock(), 0
+
+    def describe(self, image: str, text: str) -> list[str] | str:
+        """Captions of an image, a file or a data URL, or why there are none. Only a server that is
+        busy or breaks off is asked again. Raises ConnectionError where other images would fare no
+        better: the key, the model or the address is wrong, or the server is away for too long."""
+        try:
+            image = image if image.startswith("data:") else data_url(image, self.max_side)
+        except Exception as error:  # whatever a decoder raises, it costs this image only
+            return first_line(error)
+        content = [{"type": "image_url", "image_url": {"url": image}}]
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+        body = json.dumps(self.fields | {"messages": messages}).encode()
+        for times in range(1, 9):
+            status, said, after = self.post(body)
+            result = self.captions(said) if status == 200 else f"{status} {said}"
+            if isinstance(result, list):
+                break
+            result = " ".join(result.split()).replace(self.key, "***")[:300]
+            if status in (401, 404):
+                raise ConnectionError(result)
+            if times == 8 or not (status in (408, 429) or status >= 500):
+                break
+            pause = max(after, WAIT * 2**times * random.uniform(0.75, 1))
+            self.tell(f"asking again in {pause:.0f} s: {result}")
+            time.sleep(pause)
+        return result
+
+    def post(self, body: bytes) -> tuple[int, str, float]:
+        """Status, content and Retry-After (seconds) of the answer; 503 if it broke off. A server
+        that is away is waited for."""
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
+        request = urllib.request.Request(self.url, body, headers | {"User-Agent": "caption.py"})
+        while True:
+            try:
+                with self.opener.open(request, timeout=TIMEOUT) as answer:
+                    said = answer.read().decode(errors="replace")
+                break
+            except (OSError, http.client.HTTPException) as error:
+                reason = getattr(error, "reason", error)  # a URLError has one: nothing was sent
+                away = ConnectionRefusedError, socket.gaierror, TimeoutError
+                if reason is error or not isinstance(reason, away):
+                    return 503, f"no answer, {first_line(reason)}", 0
+                if time.monotonic() - self.heard > self.patience:
+                    raise ConnectionError(first_line(reason)) from error
+                self.tell(f"asking again in 2 s: no connection, {first_line(reason)}")
+                time.sleep(2)
+        self.heard, retry, after = time.monotonic(), answer.headers["Retry-After"] or "0", 0
+        with contextlib.suppress(ValueError):
+            date = 0 if retry.isdecimal() else parsedate_to_datetime(retry).timestamp()
+            after = min(date - time.time() if date else int(retry), 3600)
+        return answer.status, said, after
+
+    def captions(self, said: str) -> list[str] | str:
+        """Those in an answer with status 200, or why there are none."""
+        count = self.fields.get("n", 1)
+        try:
+            choices = json.loads(said)["choices"][:count]
+            found = clean([choice["message"]["content"] or "" for choice in choices])
+            ends = [choice.get("finish_reason") for choice in choices]
+        except Exception as error:  # of many kinds, as what may stand there
+            return f"no caption, {first_line(error)}: {said}"
+        if isinstance(found, str):
+            return f"{found}: {said}"
+        if "content_filter" in ends or len(found) < count:
+            return f"no caption: {said}"
+        with self.lock:
+            self.cut += ends.count("length")
+        return found
+
+
+def ask_server(server: Server, questions: list, concurrency: int, prompt: str) -> Answers:
+    """server.describe() of each batch of questions; `concurrency` of them are under way."""
+    waiting, ahead = collections.deque(), 2 * concurrency // len(questions[0]) + 2
+    told = in_a_sentence(f"--server {server.url}")  # what would come again for each image
+    with told, ThreadPool(concurrency) as pool:  # its threads are daemons: they delay no end
+        first = pool.apply(server.describe, (BLACK, prompt.replace("{class}", "")))
+        if isinstance(first, str):
+            raise ConnectionError(first)
+        server.cut = 0
+        for pairs in questions:
+            waiting.append([pool.apply_async(server.describe, pair) for pair in pairs])
+            if len(waiting) > ahead:
+                yield [one.get() for one in waiting.popleft()]
+        for batch in waiting:
+            yield [one.get() for one in batch]
+
+
+def records_of(keys: list[str], prompts: list[str], model: str, answers: list) -> list[dict]:
+    """What is written of a batch: of each image all its captions, or one reason why not."""
+    records, answers = [], iter(answers)
+    for key in keys:
+        found = [(prompt, next(answers)) for prompt in prompts]
+        if errors := [said for _, said in found if isinstance(said, str)]:
+            records.append({"image": key, "error": errors[0]})
             continue
-        for prompt, captions in results.items():
-            more = {"model": source.args.model, "prompt": prompt, "settings": settings}
-            records += [{"image": image, "caption": text} | more for text in captions]
+        for prompt, captions in found:
+            more = {"model": model, "prompt": prompt}
+            records += [{"image": key, "caption": caption} | more for caption in captions]
     return records
 
 
@@ -493,216 +622,189 @@ def jsonl(records: Iterable[dict]) -> bytes:
     return b"".join(json.dumps(record).encode() + b"\n" for record in records)
 
 
-def scan(out: str, settings: str) -> dict[range, tuple[int, str, int]]:
-    """{batch: (failed images, file, offset of its line)} of the copy with the fewest failures."""
-    found = {}
-    for file in sorted(Path(f"{out}.parts").glob("*.jsonl")):
-        end = 0
-        with open(file, "rb") as stream:
-            for line in stream:
-                start, end = end, end + len(line)
-                with contextlib.suppress(ValueError):  # a line that a kill cut short is no JSON
-                    part = json.loads(line)
-                    if (begun := part["settings"]) != settings:
-                        what = f"was begun with settings {begun}, not {settings}: move it away"
-                        raise SystemExit(f"{file} {what}")
-                    failed = sum("error" in record for record in part["records"])
-                    batch, copy = range(*part["batch"]), (failed, file, start)
-                    found[batch] = min(copy, found.get(batch, copy))
-    return found
+class Parts:
+    """The folder FILE.jsonl.parts/: the settings, and a file of each process for its batches."""
 
+    def __init__(self, out: str, name: str, settings: dict):
+        self.out, self.name, self.settings = out, name, settings
+        self.folder = Path(f"{out}.parts")
+        if self.folder.exists():
+            self.begin()
+        elif os.path.exists(out):
+            raise SystemExit(f"{out} is there, its parts are not: choose another --out")
 
-def merge(args: argparse.Namespace, batches: list[range], found: dict) -> None:
-    """Write --out and .failed from the parts, in the folder's order; each appears whole."""
-    failed, temporary = [], f"{args.out}.parts/{args.shard}-of-{args.shards}.merged"
-    with contextlib.ExitStack() as stack:
-        files = {file for _, file, _ in found.values()}
-        parts = {file: stack.enter_context(open(file, "rb")) for file in files}
-        captions = stack.enter_context(open(temporary, "wb"))
-        for batch in batches:
-            _, file, offset = found[batch]
-            parts[file].seek(offset)
-            records = json.loads(parts[file].readline())["records"]
-            captions.write(jsonl(record for record in records if "caption" in record))
-            failed += [record for record in records if "error" in record]
-    os.replace(temporary, args.out)
-    Path(f"{temporary}.failed").write_bytes(jsonl(failed))
-    os.replace(f"{temporary}.failed", f"{args.out}.failed")
-    if len(failed) == args.limit:
-        raise SystemExit(f"none of the images could be described: see {args.out}.failed")
-    if failed:
-        print(f"{len(failed)} images failed, listed in {args.out}.failed")
-    else:
-        Path(f"{args.out}.failed").unlink(missing_ok=True)
-    print(summary(args.out))
-
-
-def summary(file: str) -> str:
-    count, words, empty, different = 0, 0, 0, set()
-    with open(file, "rb") as stream:
-        for line in stream:
-            caption = json.loads(line)["caption"]
-            count, words, empty = count + 1, words + len(caption.split()), empty + (not caption)
-            different.add(hash(caption))
-    mean, repeated = words / max(count, 1), count - len(different)
-    return f"{file}: {count} captions of {mean:.1f} words, {empty} empty, {repeated} duplicates"
-
-
-def read_published(file: str) -> list[tuple[str | None, str]]:
-    """[(path, caption)]; .pth and .txt are lists in the folder's order: their path is None."""
-    try:
-        if file.endswith((".pth", ".pt")):
-            captions = torch.load(file, weights_only=True)
-            return [(None, captions[i].strip()) for i in range(len(captions))]  # a list of str
-        text = Path(file).read_text(encoding="utf-8-sig", errors="replace")
-        if file.endswith(".jsonl"):  # our own
-            lines = [json.loads(line) for line in text.split("\n") if line]
-            return [(line["image"], line["caption"]) for line in lines]
-        if file.endswith(".json"):  # of COCO, Flickr30k, RSICD: Karpathy's splits
-            images = json.loads(text)["images"]
-            pairs = [(image["filename"], image["sentences"]) for image in images]
-            rows = [(name, one["raw"].strip()) for name, several in pairs for one in several]
-            return list(dict.fromkeys(rows))  # people repeat themselves
-    except Exception as error:  # a pickle may raise anything; weights_only runs no code of it
-        raise SystemExit(f"--import {file}: cannot be read safely: {first_line(error)}") from error
-    return [(None, line) for line in text.removesuffix("\n").split("\n")]
-
-
-def match(file: str, rows: list[tuple[str | None, str]], keys: list[str]) -> list[tuple[str, str]]:
-    """[(image key, caption)] in the folder's order. Rows name images by their keys, else by class
-    folder and file name, else by a file name that is only once there; or follow that order."""
-    if not rows or rows[0][0] is None:
-        if len(rows) != len(keys):
-            raise SystemExit(f"--import: {len(rows)} captions, but --data has {len(keys)} images")
-        return [(key, caption) for key, (_, caption) in zip(keys, rows, strict=True)]
-    for parts in (0, 2, 1):  # [-0:] is the whole path
-        known, found = {}, collections.defaultdict(list)
-        for key in keys:
-            name = "/".join(key.split("/")[-parts:])
-            known[name] = None if name in known else key
-        for path, caption in rows:
-            key = known.get("/".join(path.replace("\\", "/").split("/")[-parts:]))
-            found[key].append(caption)
-        unknown = len(found.pop(None, []))
-        if found:
-            nameless = len(keys) - len(found)
-            print(f"{unknown} of {len(rows)} rows name no image; {nameless} images got no caption")
-            return [(key, caption) for key in keys for caption in found.get(key, [])]
-    raise SystemExit(f"--import {file}: none of its {len(rows)} rows names an image of --data")
-
-
-def preview(source, file: str) -> None:
-    """Draw the source's images with their captions beside them, wrapped and never cut."""
-    keys, found, shown = source.keys, next(source.answers([range(len(source.keys))])), []
-    for i, prompt in sorted(found):
-        if isinstance(found[i, prompt], str):
-            print(f"failed: {keys[i]!r}: {found[i, prompt]}")
-        else:
-            shown += [(keys[i], f"{keys[i]}: {caption}") for caption in found[i, prompt]]
-    texts = [textwrap.fill(text.encode("utf-8", "replace").decode(), 90) for _, text in shown]
-    if not shown:
-        raise SystemExit("--preview: none of the images could be described")
-    side = max(256, *(18 * (text.count("\n") + 1) for text in texts))
-    sheet, font = Image.new("RGB", (960, side * len(texts)), "white"), ImageFont.load_default(13)
-    for row, text in enumerate(texts):
-        image = load_image(os.path.join(source.args.data, shown[row][0]))
-        sheet.paste(ImageOps.pad(image, (248, 248), color="white"), (4, side * row + 4))
-        ImageDraw.Draw(sheet).multiline_text((260, side * row), text, fill="black", font=font)
-    sheet.save(file, "PNG")
-    print(f"{file}: {len(texts)} captions")
-
-
-def write_without_model(args: argparse.Namespace, keys: list[str], names: dict[str, str]) -> None:
-    """Captions that need no model: somebody's, or the prompt itself with the class's name in it."""
-    if args.published:
-        source = f"import:{os.path.basename(args.published)}", ""
-        pairs = match(args.published, read_published(args.published), keys)
-        kept = set(keys[: args.limit])
-        rows = [(key, " ".join(caption.split()), *source) for key, caption in pairs if key in kept]
-    else:
-        pairs = [(key, prompt) for key in keys[: args.limit] for prompt in args.prompt]
-        rows = [(key, in_words(prompt, key, names), "template", prompt) for key, prompt in pairs]
-    fields, temporary = ("image", "caption", "model", "prompt"), f"{args.out}.tmp-{os.getpid()}"
-    content = jsonl(dict(zip(fields, row, strict=True)) for row in rows)
-    if os.path.exists(args.out) and Path(args.out).read_bytes() != content:
-        raise SystemExit(f"{args.out} holds other captions: choose another --out, or move it away")
-    Path(temporary).write_bytes(content)
-    os.replace(temporary, args.out)
-    print(summary(args.out))
-
-
-def describe_batches(source, todo: list[range], settings: str, before: int) -> None:
-    """Append a line for each batch of `todo`; this process has `before` images behind it."""
-    args, captions, failed = source.args, 0, 0
-    own = f"{args.out}.parts/{args.shard}-of-{args.shards}.jsonl"
-    os.makedirs(os.path.dirname(own), exist_ok=True)
-    total, quiet = before + sum(map(len, todo)), os.environ.get("RANK", "0") != "0"
-    bar = tqdm(total=total, initial=before, unit="image", smoothing=0.05, disable=quiet)
-    source.bar, start = bar, time.perf_counter()
-    with bar, contextlib.closing(source.answers(todo)) as answers:
-        for batch, found in zip(todo, answers, strict=True):
-            records = records_of(source, batch, settings, found)
-            part = {"batch": [batch.start, batch.stop], "settings": settings, "records": records}
+    def begin(self) -> None:
+        """Make the folder, unless it is there, at one stroke with the settings in it, as several
+        processes may start together. SystemExit if it was begun with other settings."""
+        if not self.folder.exists():
+            new = Path(f"{self.out}.{self.name}.parts")
+            os.makedirs(new, exist_ok=True)
+            (new / "settings.json").write_text(json.dumps(self.settings))
             try:
-                with open(own, "ab") as stream:  # the first byte ends a line that a kill cut short
-                    stream.write(b"\n" + jsonl([part]))
-            except OSError as error:
-                advice = "what is complete on the disk stays: start the same command again"
-                raise SystemExit(f"{own}: {error.strerror}; {advice}") from error
-            failed += sum("error" in record for record in records)
-            captions += sum("caption" in record for record in records)
-            bar.set_postfix(failed=failed, refresh=False)
-            bar.update(len(batch))
-            seconds = time.perf_counter() - start  # without the end of the workers
-    rates = f"{captions / seconds:.2f} captions/s, {source.new_tokens / seconds:.0f} new tokens/s"
-    rates += f", {source.seconds / seconds:.0%} of the time inside generate"
-    print(f"this run: {captions} captions ({source.cut} cut short) in {seconds:.1f} s, {rates}")
+                new.rename(self.folder)
+            except OSError:  # another process was faster
+                shutil.rmtree(new)
+        try:
+            begun = json.loads((self.folder / "settings.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"{self.folder} is not of this version: move it away") from error
+        for key, value in self.settings.items():
+            if begun.get(key) != value:
+                what = f"{self.folder} was begun with {key} {begun.get(key)!r}, not {value!r}"
+                raise SystemExit(f"{what}: move it away, or choose another --out")
+
+    def write(self, batch: range, records: list[dict]) -> None:
+        self.begin()  # not before: nothing is begun with a --model that does not work
+        part = {"batch": [batch.start, batch.stop], "records": records}
+        with open(self.folder / f"{self.name}.jsonl", "ab") as stream:
+            stream.write(b"\n" + jsonl([part]))  # the first byte ends what a kill cut short
+
+    def scan(self) -> dict[range, tuple[int, Path, int]]:
+        """{batch: (failed images, file, offset of its line)} of the copy with fewest failures."""
+        found = {}
+        for file in sorted(self.folder.glob("*.jsonl")):
+            end = 0
+            with open(file, "rb") as stream:
+                for line in stream:
+                    start, end = end, end + len(line)
+                    with contextlib.suppress(ValueError):  # a line that a kill cut short
+                        part = json.loads(line)
+                        failed = sum("error" in record for record in part["records"])
+                        batch, copy = range(*part["batch"]), (failed, file, start)
+                        found[batch] = min(copy, found.get(batch, copy))
+        return found
+
+    def merge(self, batches: list[range], found: dict) -> None:
+        """Write FILE.jsonl and .failed, in the folder's order; each appears whole."""
+        failed, count, temporary = [], 0, self.folder / f"{self.name}.merged"
+        with open(temporary, "wb") as captions:
+            for batch in batches:
+                _, file, offset = found[batch]
+                with open(file, "rb") as part:
+                    part.seek(offset)
+                    records = json.loads(part.readline())["records"]
+                good = [record for record in records if "caption" in record]
+                captions.write(jsonl(good))
+                count += len(good)
+                failed += [record for record in records if "error" in record]
+        os.replace(temporary, self.out)
+        Path(f"{self.out}.failed").unlink(missing_ok=True)
+        if failed:
+            temporary.write_bytes(jsonl(failed))
+            os.replace(temporary, f"{self.out}.failed")
+            print(f"{len(failed)} images failed, listed in {self.out}.failed")
+        if not count:
+            raise SystemExit(f"none of the images could be described: see {self.out}.failed")
+        print(f"{self.out}: {count} captions")
 
 
-def run(args: argparse.Namespace, keys: list[str], names: dict[str, str]) -> None:
-    """Describe what is not on the disk; the process that finds all batches there merges them."""
-    if not args.server:  # --revision becomes a commit, since branches move
-        config = load(transformers.AutoConfig, args)
-        args.revision = getattr(config, "_commit_hash", None) or args.revision
-    settings = {name: getattr(args, name) for name in SETTINGS} | {"server": bool(args.server)}
-    checksum = zlib.crc32(json.dumps([keys, names]).encode())
-    settings = json.dumps(settings | {"images": f"{len(keys)} ({checksum:08x})"})
-    if os.path.exists(args.out) and not os.path.isdir(f"{args.out}.parts"):
-        raise SystemExit(f"{args.out} is there, its parts are not: choose another --out")
-    starts = range(0, args.limit, args.batch_size)
-    batches = [range(start, min(start + args.batch_size, args.limit)) for start in starts]
-    mine, found = batches[args.shard :: args.shards], scan(args.out, settings)
-    todo = [b for b in mine if b not in found or (args.retry_failed and found[b][0])]
+def preview(file: str, data: str, records: list[dict]) -> None:
+    """A page that shows the captions beside the images, which are in it."""
+    page = ["<!doctype html><meta charset=utf-8><title>Captions</title><table>"]
+    for record in records:
+        key, error = record["image"], record.get("error")
+        try:
+            url = data_url(os.path.join(data, key), 512)
+        except Exception as unreadable:  # a template asks no model that would have failed
+            error = error or first_line(unreadable)
+        if error:
+            print(f"failed: {key!r}: {error}")
+            continue
+        words = f"{html.escape(key)}<p dir=auto>{html.escape(record['caption'])}"
+        page.append(f'<tr><td><img src="{url}" width=256><td>{words}')
+    if len(page) == 1:
+        raise SystemExit("--preview: none of the images could be described")
+    Path(file).write_text("\n".join(page), encoding="utf-8", errors="replace")
+    print(f"{file}: {len(page) - 1} captions")
+
+
+def run(parts: Parts, batches: list, mine: list, retry: bool, ask: Callable, quiet: bool) -> None:
+    """Describe what is not there of this process's batches; who finds all of them merges them."""
+    found = parts.scan()
+    todo = [b for b in mine if b not in found or (retry and found[b][0])]
     if todo:
-        before = sum(map(len, mine)) - sum(map(len, todo))
-        source = (Server if args.server else Describer)(args, keys, names)
-        describe_batches(source, todo, settings, before)
-    found = scan(args.out, settings)
+        start, captions, failed, total = time.perf_counter(), 0, 0, sum(map(len, mine))
+        before = total - sum(map(len, todo))
+        with tqdm(total=total, initial=before, unit="image", smoothing=0.05, disable=quiet) as bar:
+            source, answers = ask(todo, bar.set_postfix_str)
+            for batch, records in zip(todo, answers, strict=True):
+                parts.write(batch, records)
+                captions += sum("caption" in record for record in records)
+                failed += sum("error" in record for record in records)
+                bar.set_postfix(failed=failed, refresh=False)
+                bar.update(len(batch))
+        seconds, cut = time.perf_counter() - start, getattr(source, "cut", 0)
+        rate = f"in {seconds:.1f} s, {captions / seconds:.2f} captions/s"
+        print(f"this run: {captions} captions ({cut} cut short) {rate}")
+        found = parts.scan()
     done = sum(batch in found for batch in batches)
     if done == len(batches):
-        merge(args, batches, found)
+        parts.merge(batches, found)
     else:
-        print(f"{done} of {len(batches)} batches are done; the last process writes {args.out}")
+        print(f"{done} of {len(batches)} batches are done; the last process writes {parts.out}")
 
 
 def main() -> None:
     args = parse_args()
+    rank, world = process_rank()
+    device = choose_device(args.device, world)
+    size = args.batch_size = args.batch_size or (16 if device == "cpu" else 64)
+    side = args.max_side or sys.maxsize
     keys = list_keys(args.data)
-    names = name_classes(args, keys)
-    args.limit = min(args.limit or len(keys), len(keys))
+    names = name_classes(keys, args.prompt, args.class_names)
+    limit = min(args.limit or len(keys), len(keys))
+    hub = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+
+    def question(key: str, prompt: str) -> tuple[str, str]:
+        name = names.get(key.split("/")[0], "")
+        return os.path.join(args.data, key), prompt.replace("{class}", name)
+
+    def ask(batches: list[range], tell: Callable, keys: list[str] = keys) -> tuple:
+        """Who is asked, and the records of each batch."""
+        images, source = [keys[batch.start : batch.stop] for batch in batches], None
+        questions = [[question(key, p) for key in some for p in args.prompt] for some in images]
+        if args.model == "template":
+            answers = ([[text] for _, text in pairs] for pairs in questions)
+        elif args.server:
+            key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
+            source = Server(
+                args.server, args.fields, key=key, max_side=side, patience=args.patience, tell=tell
+            )
+            answers = ask_server(source, questions, args.concurrency, args.prompt[0])
+        else:
+            loaded = load_model(args.model, device=device, dtype=args.dtype, **hub)
+            template = args.extra_body.get("chat_template_kwargs", {})
+            source = Describer(*loaded, template, args.generation, batch_size=size, max_side=side)
+            source.probe(args.prompt)
+            answers = ask_model(source, questions, args.workers, args.seed)
+        both = zip(images, answers, strict=True)
+        return source, (records_of(some, args.prompt, args.model, found) for some, found in both)
+
     if args.preview:
-        keys = random.Random(args.seed).sample(keys[: args.limit], min(12, args.limit))
-        preview((Server if args.server else Describer)(args, sorted(keys), names), args.preview)
-    elif args.published or args.model == "template":
-        write_without_model(args, keys, names)
-    else:
-        run(args, keys, names)
+        chosen = sorted(random.Random(args.seed).sample(keys[:limit], min(12, limit)))
+        _, answers = ask([range(len(chosen))], print, chosen)
+        preview(args.preview, args.data, next(answers))
+        return
+    if not args.server and args.model != "template":  # branches move
+        with in_a_sentence(f"--model {args.model}: cannot load it"):
+            config = transformers.AutoConfig.from_pretrained(args.model, **hub)
+        args.revision = getattr(config, "_commit_hash", None) or args.revision
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"server": bool(args.server)}
+    checksum = zlib.crc32(json.dumps([keys, names]).encode())
+    settings["images"] = f"{len(keys)} ({checksum:08x})"
+    shard, shards = (int(number) * world for number in args.shard.split("/"))
+    parts = Parts(args.out, f"{shard + rank}-of-{shards}", settings)
+    batches = [range(start, min(start + size, limit)) for start in range(0, limit, size)]
+    run(parts, batches, batches[shard + rank :: shards], args.retry_failed, ask, rank > 0)
 
 
 if __name__ == "__main__":
     try:
         main()
     except OSError as error:
-        raise SystemExit(f"{error.filename or 'caption.py'}: {error.strerror or error}") from error
+        stays = "what is complete on the disk stays: start the same command again"
+        what = f"{error.filename or 'caption.py'}: {error.strerror or error}; {stays}"
+        raise SystemExit(what) from error
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; start the same command again to go on") from None
+        print("interrupted; start the same command again to go on", file=sys.stderr, flush=True)
+        os._exit(1)  # tidying up would take seconds

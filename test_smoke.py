@@ -9,6 +9,8 @@ Three parts follow: the toy (its world, its MLLM, its text encoder), the demo, t
 
 import base64
 import contextlib
+import csv
+import email.utils
 import functools
 import gc
 import http.server
@@ -20,6 +22,7 @@ import math
 import os
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -39,6 +42,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave t
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -957,20 +961,6 @@ class Captioning(Base):
             self.assertEqual(out.read_bytes(), b"".join(self.whole.splitlines(True)[:4]))
             self.assertFalse((TMP / "copies.jsonl.failed").exists())
 
-    def test_few_open_files(self):
-        """The merge opens each part once, not each batch."""
-        import resource  # not on Windows
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        used = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 64
-        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 12, hard))
-        try:
-            call(self.line("handles.jsonl", "--batch-size 1"))
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        found = [line["caption"] for line in read_lines(TMP / "handles.jsonl")]
-        self.assertEqual(found, self.captions)
-
     def test_limit_then_all(self):
         call(self.line("limit.jsonl", "--limit 5"))
         self.assertEqual(lines_in(TMP / "limit.jsonl"), 5)
@@ -978,11 +968,31 @@ class Captioning(Base):
         self.assertEqual((TMP / "limit.jsonl").read_bytes(), self.whole)
 
     def test_no_mixed_files(self):
-        self.assertTrue(self.whole)
-        for other in "--prompt a", "--max-new-tokens 7", "--revision other", "--batch-size 3":
-            self.refused("was begun with settings", self.line("whole.jsonl", other))
+        fields = {(*json.loads(line),) for line in self.whole.splitlines()}
+        self.assertEqual(fields, {("image", "caption", "model", "prompt")})
+        for option, was in ("--max-new-tokens 7", "6"), ("--revision x", "'main'"):
+            name = option.split()[0].strip("-").replace("-", "_")
+            self.refused(f"was begun with {name} {was}, not", self.line("whole.jsonl", option))
         call(self.line("begun.jsonl", "--limit 4"))
-        self.refused("was begun with settings .*describe", self.line("begun.jsonl", "--prompt a"))
+        self.refused("was begun with prompt .*describe", self.line("begun.jsonl", "--prompt a"))
+        (TMP / "begun.jsonl.parts/settings.json").unlink()
+        self.refused("is not of this version", self.line("begun.jsonl"))
+
+    def test_two_processes_begin_at_once(self):
+        """With different settings: the later one is refused."""
+        from caption import Parts
+
+        one, other = (Parts(TMP / "once.jsonl", f"{n}-of-2", {"seed": n}) for n in range(2))
+        makedirs = os.makedirs
+
+        def overtaken(folder, **options):
+            if "0-of-2" in str(folder):
+                other.begin()
+            makedirs(folder, **options)
+
+        with unittest.mock.patch("os.makedirs", overtaken):
+            self.assertRaisesRegex(SystemExit, "begun with seed 1, not 0", one.begin)
+        self.assertEqual(list(TMP.glob("once.jsonl*")), [TMP / "once.jsonl.parts"])
 
     def test_a_branch_that_moves_does_not_mix_models(self):
         from_pretrained, commit = tf.AutoConfig.from_pretrained, None
@@ -996,11 +1006,17 @@ class Captioning(Base):
         with unittest.mock.patch("transformers.AutoConfig.from_pretrained", resolved):
             call(self.line("moved.jsonl", "--limit 4"))
             commit = "0123abcd"
-            self.refused('begun with .*"main".*"0123abcd"', self.line("moved.jsonl"))
+            self.refused("begun with revision 'main', not '0123abcd'", self.line("moved.jsonl"))
 
     def test_batch_size_does_not_change_captions(self):
-        call(self.line("b7.jsonl", "--batch-size 7"))
+        """Those that go on, if they may, are cut short."""
+        printed = call(self.line("b7.jsonl", "--batch-size 7"))
         self.assertEqual([line["caption"] for line in read_lines(TMP / "b7.jsonl")], self.captions)
+        call(self.line("longer.jsonl", "--max-new-tokens 12"))
+        longer = [line["caption"] for line in read_lines(TMP / "longer.jsonl")]
+        cut = 24 - sum(a == b for a, b in zip(self.captions, longer, strict=True))
+        self.assertIn(f"({cut} cut short)", printed)
+        self.assertIn(cut, range(1, 24))
 
     def test_kinds_of_models(self):
         """Batch 1 and batch 4 give the same captions for images of different sizes; they depend on
@@ -1049,6 +1065,8 @@ class Captioning(Base):
             printed = call(line)
         found = [line["caption"] for line in read_lines(out)]
         self.assertEqual(found, self.captions[:3] + self.captions[4:])
+        sizes = [len(rows) for rows in seen]
+        self.assertEqual(sizes[-6:], [1, 2, 2, 2, 1, 2], "what fits is remembered")
         self.assertIn("23 captions", printed)
         self.assertIn("1 images failed, listed in", printed)
         self.assertRegex(read_lines(TMP / "oom.jsonl.failed")[0]["error"], "OutOfMemoryError")
@@ -1056,48 +1074,142 @@ class Captioning(Base):
         self.assertEqual([line["caption"] for line in read_lines(out)], self.captions)
         self.assertFalse((TMP / "oom.jsonl.failed").exists())
 
-    def test_cut_captions_and_waiting_batches(self):
-        """A caption without an end is cut short; what waits for the model takes 4 GB at most."""
-        import caption
+    def test_what_waits(self):
+        """For the model takes 4 GB at most."""
+        from caption import Describer, ask_model, load_model
 
-        with unittest.mock.patch.object(sys, "argv", words_of(self.line("x.jsonl", "-j 4"))):
-            describer = caption.Describer(caption.parse_args(), [], {})
-        inputs = describer.encode([Image.new("RGB", (32, 32))] * 2, PROMPT)
-        new = torch.tensor([[9, 8, IDS["eos_token_id"], IDS["pad_token_id"]], [9, 8, 7, 6]])
-        tokens = torch.cat([inputs["input_ids"], new], 1)
-        describer.new_tokens = describer.cut = 0
-        with unittest.mock.patch.object(describer.model, "generate", return_value=tokens):
-            describer.generate(inputs)
-        self.assertEqual((describer.new_tokens, describer.cut), (6, 1))
+        describer = Describer(*load_model(str(MLLM)), batch_size=2)
         for describer.image_bytes, want in (1e6, (4, 2)), (0.4e9, (4, 1)), (0.9e9, (2, 1)):
             with unittest.mock.patch("caption.DataLoader", return_value=[]) as loader:
-                list(describer.answers([]))
+                list(ask_model(describer, [], 4, 0))
             found = [loader.call_args.kwargs[name] for name in ("num_workers", "prefetch_factor")]
             self.assertEqual(tuple(found), want)
 
+    def test_empty_captions_and_thoughts(self):
+        decode = tf.PreTrainedTokenizerBase.batch_decode
+
+        def write(tokenizer, tokens, **options):
+            texts = [" ".join(text.split()) for text in decode(tokenizer, tokens, **options)]
+            said = {self.captions[0]: " \n", self.captions[-1]: "<think>Hm."}
+            return [said.get(text, f"<think>Hm.</think>\n{text}") for text in texts]
+
+        pairs = list(zip(self.keys, self.captions, strict=True))
+        bad = [key for key, text in pairs if text in (self.captions[0], self.captions[-1])]
+        with unittest.mock.patch("transformers.PreTrainedTokenizerBase.batch_decode", write):
+            call(self.line("empty.jsonl"))
+        self.assertEqual([one["image"] for one in read_lines(TMP / "empty.jsonl.failed")], bad)
+        kept = [text for key, text in pairs if key not in bad]
+        self.assertEqual([one["caption"] for one in read_lines(TMP / "empty.jsonl")], kept)
+        call(self.line("empty.jsonl", "--retry-failed"))
+        self.assertEqual((TMP / "empty.jsonl").read_bytes(), self.whole)
+
+    def test_sampling_from_scores_that_are_not_finite(self):
+        """The image fails, for any number of captions; the others of its batch do not."""
+        model, processor = build_mllm(init=0.2)
+        patches = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+        torch.nn.init.uniform_(patches.weight, 1e38, 3e38)  # overflows even in float32
+        processor.image_processor.image_mean = [128 / 255] * 3  # grey is 0
+        for part in model, processor:
+            part.save_pretrained(TMP / "overflows")
+        (TMP / "greys").mkdir()
+        for value in 0, 128, 255:
+            Image.new("RGB", (32, 32), (value,) * 3).save(TMP / f"greys/{value}.png")
+        sample = f"--model {TMP}/overflows --temperature 1 --num-captions 2 --batch-size 3"
+        call(self.line("greys.jsonl", sample, data=TMP / "greys"))
+        found = [line["image"] for line in read_lines(TMP / "greys.jsonl")]
+        self.assertEqual(found, ["128.png", "128.png"])
+        failed = {one["image"]: one["error"] for one in read_lines(TMP / "greys.jsonl.failed")}
+        self.assertEqual(list(failed), ["0.png", "255.png"])
+        self.assertIn("not finite", failed["0.png"])
+
+    def test_models_that_are_not_whole(self):
+        """What lacks would be random: a sentence, not captions."""
+        save = safetensors.torch.save
+        weights = safetensors.torch.load_file(MLLM / "model.safetensors")
+        name = next(name for name in weights if "projector" in name and "weight" in name)
+        cases = [("model.safetensors", save(weights)[:5000], "cannot load it")]
+        for rest in {name: torch.ones(3)}, {}:
+            del weights[name]
+            weights |= rest
+            cases.append(("model.safetensors", save(weights), "is not whole: 1 .*projector"))
+        cases.append(
+            ("tokenizer.json", b"version https://git-lfs.github.com/spec", "cannot load it")
+        )
+        config = json.loads((MLLM / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+        cases.append(("config.json", json.dumps(config).encode(), "cannot load it: ImportError"))
+        for file, content, sentence in cases:
+            shutil.copytree(MLLM, TMP / "lacks", dirs_exist_ok=True)
+            (TMP / "lacks" / file).write_bytes(content)
+            self.refused(f"--model .*{sentence}", self.line("x.jsonl", f"--model {TMP}/lacks"))
+
+    def test_options_of_the_model(self):
+        """One generate call per batch, whatever the texts; images are shrunk; the chat template is
+        given what --extra-body holds."""
+        from caption import Describer
+
+        encode, generate, lengths, sizes = Describer.encode, Describer.generate, [], set()
+        shutil.copytree(MLLM, TMP / "thinker")
+        thinks = "{% if think %} circle {% endif %}{% if add_gen"
+        (TMP / "thinker/chat_template.jinja").write_text(CHAT.replace("{% if add_gen", thinks))
+
+        def look(describer, images, texts):
+            sizes.update(image.size for image in images)
+            return encode(describer, images, texts)
+
+        def count(describer, inputs, **changes):
+            lengths.append(inputs["input_ids"].shape[1])
+            return generate(describer, inputs, **changes)
+
+        line = self.line("x", f"--model {TMP}/thinker --prompt 'the {{class}}'")
+        extra = '{"chat_template_kwargs": {"think": 1}}'
+        with unittest.mock.patch.multiple(Describer, encode=look, generate=count):
+            for size in 1, 24:
+                more = f"--batch-size {size} --max-side 40 --extra-body '{extra}'"
+                call(f"{line} {more} --out {TMP}/calls-{size}.jsonl")
+            self.assertEqual(*(read_lines(TMP / f"calls-{size}.jsonl") for size in (1, 24)))
+            self.assertEqual(len(lengths), (2 + 2 * 24) + (2 + 2), "2 probes, and for each prompt")
+            self.assertEqual(sizes, {(300, 200), (1024, 768), (40, 40)}, "the probes', --max-side")
+            longest = max(lengths)
+            lengths.clear()
+            call(f"{line} --batch-size 24 --max-side 0 --out {TMP}/calls.jsonl")
+        self.assertEqual((max(lengths), (64, 64) in sizes), (longest - 1, True))
+        self.refused("only chat_template_kwargs", f"{line} --extra-body '{{\"n\": 2}}'")
+
     def test_odd_images(self):
-        """One image that the processor refuses costs itself; when each batch holds one, they can be
-        done again all the same."""
-        from caption import Describer, load_image
+        """One image that the processor refuses, or over which generate fails in any way, costs
+        itself; when each batch holds one, they can be done again. Only a lost GPU ends the run."""
+        from caption import Describer, first_line, load_image
 
         odd = {load_image(str(WORLD / "train" / key)).tobytes() for key in self.keys[1::4]}
-        encode = Describer.encode
+        encode, generate = Describer.encode, Describer.generate
 
-        def picky(describer, images, prompt):
-            if any(image.tobytes() in odd for image in images):
-                raise ValueError("too odd")
-            return encode(describer, images, prompt)
+        def mark(describer, images, texts):
+            bad = any(image.tobytes() in odd for image in images)
+            if bad and isinstance(error, ValueError):
+                raise error
+            return encode(describer, images, texts) | {"bad": torch.tensor(bad)}
 
-        line = self.line("picky.jsonl", "--batch-size 4")
-        with unittest.mock.patch.object(Describer, "encode", picky):
-            call(line)
-        kept = [key for key in self.keys if key not in self.keys[1::4]]
-        self.assertEqual([line["image"] for line in read_lines(TMP / "picky.jsonl")], kept)
-        failed = [{"image": key, "error": "ValueError: too odd"} for key in self.keys[1::4]]
-        self.assertEqual(read_lines(TMP / "picky.jsonl.failed"), failed)
-        call(f"{line} --retry-failed")
-        found = [line["caption"] for line in read_lines(TMP / "picky.jsonl")]
-        self.assertEqual(found, self.captions)
+        def fails(describer, inputs, **changes):
+            if inputs.pop("bad"):
+                raise error
+            return generate(describer, inputs, **changes)
+
+        both = unittest.mock.patch.multiple(Describer, encode=mark, generate=fails)
+        for error in ValueError("odd"), KeyError("odd"), RuntimeError("CUDA error: assert"):
+            out = TMP / f"{type(error).__name__}.jsonl"
+            line = self.line(out.name, "--batch-size 4")
+            with both:
+                if "CUDA" in str(error):
+                    self.refused("CUDA error: assert: .* lost", line)
+                    continue
+                call(line)
+            kept = [key for key in self.keys if key not in self.keys[1::4]]
+            self.assertEqual([line["image"] for line in read_lines(out)], kept)
+            failed = [{"image": key, "error": first_line(error)} for key in self.keys[1::4]]
+            self.assertEqual(read_lines(Path(f"{out}.failed")), failed)
+            call(f"{line} --retry-failed")
+            self.assertEqual([line["caption"] for line in read_lines(out)], self.captions)
 
     def test_a_model_that_cannot_generate(self):
         """Shows at start, not as one failed image after the other."""
@@ -1111,10 +1223,10 @@ class Captioning(Base):
         shutil.copytree(WORLD / "train", grown)
         call(self.line("grown.jsonl", "--limit 4", data=grown))
         (grown / self.keys[0]).rename(grown / f"{self.keys[0]}.png")
-        self.refused("begun with settings", self.line("grown.jsonl", data=grown))
+        self.refused("begun with images '24 ", self.line("grown.jsonl", data=grown))
         (grown / "a_first_class").mkdir()
         shutil.copy(grown / self.keys[1], grown / "a_first_class" / "new.png")
-        self.refused('images": "24 .*images": "25 ', self.line("grown.jsonl", data=grown))
+        self.refused("images '24 .*, not '25 ", self.line("grown.jsonl", data=grown))
 
     def test_full_disk(self):
         sentence = "File too large; what is complete on the disk stays: start the same command"
@@ -1162,76 +1274,30 @@ class Captioning(Base):
         call(f"{template} --out {TMP}/template.jsonl")
         first = read_lines(TMP / "template.jsonl")[0]["caption"]
         self.assertEqual(first, "a photo of a purple cross")
-        other = f"{template} --out {TMP}/template.jsonl --prompt 'a {{class}}'"
-        self.refused("other captions", other)
-        names = TMP / "words.txt"
-        lines = [f"{name}\tfancy {i}, other name\n" for i, name in enumerate(CLASSES)]
-        names.write_text("".join(lines))
-        call(f"{template} --out {TMP}/named.jsonl --class-names {names}")
-        first = read_lines(TMP / "named.jsonl")[0]["caption"]
-        self.assertEqual(first, f"a photo of a fancy {CLASSES.index('purple_cross')}")
-        names.write_text("red_circle\tx\n")
-        template += f" --out {TMP}/x.jsonl"
-        self.refused("no name for 3 class folder", f"{template} --class-names {names}")
-        (TMP / "names.json").write_text('["red circle"]')
-        self.refused("--class-names .*names.json", f"{template} --class-names {TMP}/names.json")
+        self.refused("begun with prompt", f"{template} --out {TMP}/template.jsonl --prompt b")
+        words = {name: f"fancy {i}, other name" for i, name in enumerate(CLASSES)}
+        tabs = "".join(f"{name}\t{word}\r\n\n" for name, word in words.items())
+        files = {"tabs.txt": tabs, "spaces.txt": "\ufeff" + tabs.replace("\t", "  ")}
+        files["words.json"] = "\ufeff" + json.dumps(words)
+        files["several.JSON"] = json.dumps({name: [word, "x"] for name, word in words.items()})
+        bad = {"few.txt": ("red_circle\tx\nyellow_star\n", "no name for 3 class folders")}
+        bad["list.json"] = '["red circle"]', "AttributeError"
+        bad["numbers.json"] = json.dumps(dict.fromkeys(CLASSES, 1)), "AttributeError"
+        for file, content in files.items():
+            (TMP / file).write_text(content, encoding="utf-8", newline="")
+            call(f"{template} --out {TMP}/{file}.jsonl --class-names {TMP / file}")
+            first = read_lines(TMP / f"{file}.jsonl")[0]["caption"]
+            self.assertEqual(first, f"a photo of a fancy {CLASSES.index('purple_cross')}", file)
+        for file, (content, what) in bad.items():
+            (TMP / file).write_text(content)
+            line = f"{template} --out {TMP}/x.jsonl --class-names {TMP / file}"
+            self.refused(f"--class-names .*{file}: .*{what}", line)
 
     def test_synset_folders_have_names_only_when_all_are_there(self):
         for i, name in enumerate(CLASSES[:2]):
             shutil.copytree(WORLD / "train" / name, TMP / "synset" / f"n0000000{i}")
         template = f"caption --data {TMP}/synset --model template --prompt 'a {{class}}'"
         self.refused("pass --class-names", f"{template} --out {TMP}/x.jsonl")
-
-    def test_import(self):
-        keys = [line["image"] for line in read_lines(CAPTIONS)]
-        texts = [f'text number {i},\u2028 "quoted"' for i in range(len(keys))]
-        want = [(key, " ".join(text.split())) for key, text in zip(keys, texts, strict=True)]
-        torch.save(texts, TMP / "published.pth")
-        (TMP / "published.txt").write_text("\n".join(texts) + "\n")
-        names = [key.split("/")[1] for key in keys]
-        rows = [*zip(names, texts, strict=True), ("nowhere.png", "lost")]
-        rows = [{"image": name, "caption": text} for name, text in rows]
-        write_lines(TMP / "published.jsonl", rows)
-        line = f"caption --data {WORLD}/train"
-        for ending in "pth", "txt", "jsonl":
-            out = TMP / f"imported-{ending}.jsonl"
-            printed = call(f"{line} --out {out} --import {TMP}/published.{ending}")
-            found = [(line["image"], line["caption"]) for line in read_lines(out)]
-            self.assertEqual(found, want, ending)
-        self.assertIn("1 of 25 rows", printed)
-        # the same file names in other classes are other images; another root is the same image
-        others = [{"image": f"horse/{name}", "caption": "wrong"} for name in names]
-        for case, path in ("classes", keys[0]), ("root", f"/elsewhere/{keys[0]}"):
-            write_lines(TMP / "other.jsonl", [{"image": path, "caption": "right"}, *others])
-            call(f"{line} --out {TMP}/other-{case}.jsonl --import {TMP}/other.jsonl")
-            lines = read_lines(TMP / f"other-{case}.jsonl")
-            found = [(line["image"], line["caption"]) for line in lines]
-            self.assertEqual(found, [(keys[0], "right")])
-        call(f"{line} --limit 3 --out {TMP}/three.jsonl --import {TMP}/published.pth")
-        self.assertEqual(lines_in(TMP / "three.jsonl"), 3)
-        line += f" --out {TMP}/x.jsonl"
-        torch.save(texts[1:], TMP / "short.pth")
-        sentence = "23 captions, but --data has 24 images"
-        self.refused(sentence, f"{line} --import {TMP}/short.pth")
-        torch.save(Base, TMP / "code.pth")
-        self.refused("--import", f"{line} --import {TMP}/code.pth")
-        torch.save(dict.fromkeys(keys, "text"), TMP / "dict.pth")
-        (TMP / "other.json").write_text('{"annotations": []}')
-        for file in "dict.pth", "other.json":
-            self.refused("cannot be read safely", f"{line} --import {TMP}/{file}")
-
-    def test_import_of_several_sentences(self):
-        key = read_lines(CAPTIONS)[1]["image"]
-        said = [{"raw": "one"}, {"raw": "two "}, {"raw": "one"}]
-        image = {"filename": Path(key).name, "split": "val", "sentences": said}
-        images = [image, image | {"filename": "nowhere.png"}]
-        (TMP / "karpathy.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
-        write_lines(TMP / "ours.jsonl", [{"image": key, "caption": n} for n in ("one", "two")])
-        for file in "karpathy.json", "ours.jsonl":
-            out = TMP / f"several-{file}.jsonl"
-            call(f"caption --data {WORLD}/train --out {out} --import {TMP}/{file}")
-            found = [(line["image"], line["caption"]) for line in read_lines(out)]
-            self.assertEqual(found, [(key, "one"), (key, "two")], file)
 
     def test_refusals(self):
         hollow = TMP / "hollow"
@@ -1246,17 +1312,19 @@ class Captioning(Base):
         self.refused("--model .*cannot load", self.line("x.jsonl", f"--model {TMP}"))
 
     def test_preview(self):
-        """Of the first images only, if --limit says so; a failed one is named."""
+        """Of the first images only, if --limit says so; a failed one is named; any script."""
         data = TMP / "previewed"
         shutil.copytree(WORLD / "train", data)
         (data / self.keys[1]).write_bytes(b"nothing")
-        for limit, rows in (24, 11), (3, 2):  # one of the images cannot be read
-            options = f"--limit {limit} --preview {TMP}/sheet.png"
-            printed = call(self.line("x.jsonl", options, data=data))
-            height = Image.open(TMP / "sheet.png").height
-            self.assertIn(height, (rows * 256, rows * 256 + 256))
-        self.assertIn(f"failed: '{self.keys[1]}': UnidentifiedImageError", printed)
-        self.assertFalse((TMP / "x.jsonl").exists())
+        for limit, images, model in (24, 11, MLLM), (3, 2, "template"):  # one cannot be read
+            options = f"--limit {limit} --preview {TMP}/sheet.html --model {model}"
+            printed = call(self.line("x.jsonl", f"{options} --prompt '<b> кот'", data=data))
+            page = (TMP / "sheet.html").read_text(encoding="utf-8")
+            self.assertEqual(page.count("data:image/png;base64,"), 2 * images, "two prompts")
+            self.assertIn(f"failed: '{self.keys[1]}': UnidentifiedImageError", printed)
+        self.assertIn("&lt;b&gt; кот", page)
+        self.assertEqual(list(TMP.glob("x.jsonl*")), [])
+        self.refused("name it FILE.html", self.line("x.jsonl", f"--preview {TMP}/sheet.png"))
 
 
 class Stub(http.server.BaseHTTPRequestHandler):
@@ -1269,51 +1337,67 @@ class Stub(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         what = body["messages"][0]["content"][1]["text"]
         with stub.lock:
-            stub.asked.append((what, time.time()))
-            times = [asked for asked, _ in stub.asked].count(what)
+            stub.asked.append((what, time.time(), self.path, key, body))
+            times = [one[0] for one in stub.asked].count(what)
             stub.flying += 1
             stub.most = max(stub.most, stub.flying)
         fault = what if times <= stub.faults.get(what, 0) else "none"
-        time.sleep(2 if fault == "slow" else 0.02)
+        time.sleep({"slow": 2, "hangs": 30}.get(fault, 0.02))
         with stub.lock:
             stub.flying -= 1
-        self.close_connection = fault in ("closed", "slow")
+        self.close_connection = fault in ("closed", "slow", "hangs")
         if self.close_connection:
             return
-        message = {"role": "assistant", "content": "" if what == "empty" else f"a  {what} caption"}
-        choice = {"index": 0, "finish_reason": "length" if what == "long" else "stop"}
-        answer = {"choices": [choice | {"message": message}], "usage": {"completion_tokens": 3}}
-        answer = (json.dumps(answer) if fault == "none" else f"no: {key}").encode()
+        message = {"role": "assistant", "content": ODD.get(what, f"a  {what} caption")}
+        reason = {"long": "length", "filtered": "content_filter"}.get(what, "stop")
+        answer = {"choices": [{"index": 0, "finish_reason": reason, "message": message}]}
+        answer = (json.dumps(BARE.get(what, answer)) if fault == "none" else f"no: {key}").encode()
         self.send_response(int(fault) if fault.isdecimal() else 200)
-        self.send_header("Retry-After", "1" if fault == "429" else "Tue, 24 Nov 2026 00:00:00 GMT")
+        date = email.utils.formatdate(time.time() + 2, usegmt=True)
+        self.send_header("Retry-After", {"429": "1", "503": date}.get(fault, "soon"))
+        self.send_header("Location", stub.target)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
         self.wfile.write(answer)
+
+    def do_CONNECT(self):
+        self.server.asked.append((self.path, self.headers["Proxy-Authorization"]))
+        self.send_error(403)
+
+
+ODD = {"empty": " \n", "null": None, "thinks": "<think>Hm", "parts": [{}], "filtered": "half a"}
+BARE = {"none": {"choices": None}, "few": {"choices": []}, "list": [], "detail": {"detail": "dead"}}
 
 
 class Serving(Base):
     """caption.py --server, in this process: the key is searched for in all that it writes."""
 
-    def serve(self, out: str, kinds: str, more: str = "", **faults: int) -> tuple:
-        """Describe one image of each kind; what was printed, and the server."""
-        out = f"served-{out}"
+    def start(self, target: str = "", **faults: int):
+        stub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub)
+        stub.faults, stub.lock, stub.asked, stub.target = faults, threading.Lock(), [], target
+        stub.flying, stub.most, stub.url = 0, 0, f"http://127.0.0.1:{stub.server_port}/v1"
+        threading.Thread(target=stub.serve_forever, daemon=True).start()
+        self.addCleanup(stub.shutdown)
+        return stub
+
+    def line(self, out: str, kinds: str, url: str, more: str = "", prompt: str = "{class}") -> str:
+        """To describe one image of each kind, of which the prompt tells the stub."""
         for kind in kinds.split():
             (TMP / out / kind).mkdir(parents=True, exist_ok=True)
             shutil.copy(next((FLAT / "train").iterdir()), TMP / out / kind / "0.png")
-        stub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-        stub.faults, stub.lock, stub.asked = faults, threading.Lock(), []
-        stub.flying = stub.most = 0
-        threading.Thread(target=stub.serve_forever, daemon=True).start()
-        line = f"caption --data {TMP / out} --out {TMP / out}.jsonl --prompt {{class}}"
-        line += f" --model m --server http://127.0.0.1:{stub.server_port}/v1 --batch-size 2 {more}"
+        line = f"caption --data {TMP / out} --out {TMP / out}.jsonl --prompt '{prompt}'"
+        return f"{line} --model m --server {url} --batch-size 2 {more}"
+
+    def serve(self, out: str, kinds: str, *more: str, **faults: int) -> tuple:
+        """What was printed, and the server."""
+        out, stub = f"served-{out}", self.start(**faults)
         quick = unittest.mock.patch.multiple("caption", WAIT=0.01, TIMEOUT=1.5)
         key = unittest.mock.patch.dict(os.environ, {"OPENAI_API_KEY": "sk-secret"})
         try:
             with quick, key:
-                printed = call(line)
+                printed = call(self.line(out, kinds, stub.url, *more))
         except SystemExit as end:
             printed = str(end.code)
-        stub.shutdown()
         files = [*TMP.glob(f"{out}.jsonl*"), *TMP.glob(f"{out}.jsonl.parts/*")]
         written = b"".join(file.read_bytes() for file in files if file.is_file())
         self.assertNotIn(b"secret", written + printed.encode())
@@ -1321,22 +1405,27 @@ class Serving(Base):
 
     def test_faults(self):
         """Each costs time, or that image, never the run."""
-        passing = {"429": 1, "503": 3, "closed": 1, "slow": 1, "json": 1}
-        kinds = [*passing, "400", "500", "empty", "long", "fine"]
-        printed, stub = self.serve("faults", " ".join(kinds), **passing, **{"400": 99, "500": 99})
+        passing = {"429": 1, "503": 1, "408": 2, "closed": 1, "slow": 1}
+        lasting = dict.fromkeys(["400", "403", "418", "424", "451", "500", "json"], 99)
+        kinds = [*passing, *lasting, *ODD, *BARE, "long", "fine"]
+        printed, stub = self.serve("faults", " ".join(kinds), **passing, **lasting)
         found = {line["image"]: line["caption"] for line in read_lines(TMP / "served-faults.jsonl")}
         want = {f"{kind}/0.png": f"a {kind} caption" for kind in (*passing, "long", "fine")}
-        self.assertEqual(found, want | {"empty/0.png": ""})
-        failed = [line["error"] for line in read_lines(TMP / "served-faults.jsonl.failed")]
-        self.assertEqual(failed, ["400 no: Bearer ***", "500 no: Bearer ***"])
-        self.assertRegex(printed, r"(?s)\(1 cut short\).* 1 empty")
+        self.assertEqual(found, want)
+        failed = read_lines(TMP / "served-faults.jsonl.failed")
+        failed = {one["image"].split("/")[0]: one["error"] for one in failed}
+        self.assertEqual(set(failed), {*lasting, *ODD, *BARE})
+        self.assertEqual([failed["400"], failed["500"]], [f"{n}00 no: Bearer ***" for n in (4, 5)])
+        self.assertIn('{"detail": "dead"}', failed["detail"])
+        self.assertIn("(1 cut short)", printed)
         times = {kind: [one[1] for one in stub.asked if one[0] == kind] for kind in kinds}
-        asked = {"429": 2, "503": 4, "400": 1, "500": 8, "slow": 2, "closed": 2, "json": 2}
-        self.assertEqual({kind: len(times[kind]) for kind in asked}, asked)
-        self.assertGreater(times["429"][1] - times["429"][0], 1, "Retry-After")
+        more = {"429": 2, "503": 2, "408": 3, "slow": 2, "closed": 2, "500": 8}
+        self.assertEqual({kind: len(times[kind]) for kind in kinds}, dict.fromkeys(kinds, 1) | more)
+        for kind in "429", "503":
+            self.assertGreater(times[kind][1] - times[kind][0], 1, "Retry-After")
 
     def test_fatal_answers_and_restart(self):
-        for kind in "401", "403", "404":
+        for kind in "401", "404":
             kinds = f"0 1 2 3 {kind}"  # in this order, two a batch: the last one is alone
             printed, stub = self.serve(kind, kinds, "--concurrency 1", **{kind: 99})
             self.assertRegex(printed, rf"--server http.*: {kind} no: Bearer \*\*\*$")
@@ -1344,9 +1433,75 @@ class Serving(Base):
             printed, stub = self.serve(kind, kinds, "--concurrency 1")
             self.assertEqual(len(read_lines(TMP / f"served-{kind}.jsonl")), 5)
             self.assertEqual([one[0] for one in stub.asked if one[0]], [kind])
-        away = "caption --server http://127.0.0.1:1/v1 --model m --prompt a"
+        for kind in "403", "418", "null", "parts":  # the answer to the first question
+            printed, stub = self.serve("first", "0 1", "", kind, **{"403": 99, "418": 99})
+            self.assertRegex(printed, "^--server http.*: [^ ]")
+            self.assertEqual((len(stub.asked), list(TMP.glob("served-first.jsonl*"))), (1, []))
+
+    def test_a_server_that_is_away(self):
+        """Is waited for, as long as --patience says."""
+        late = self.start()
+        late.shutdown()
+        late.server_close()
+        line = self.line("away", "0 1", late.url)
+        self.refused("--server http.*ConnectionRefusedError", f"{line} --patience 0")
+
+        def listen() -> None:
+            late.__init__(late.server_address, Stub)
+            late.serve_forever()
+
+        timer = threading.Timer(3, listen)
+        timer.daemon = True
+        timer.start()
+        self.assertIn("this run: 2 captions", call(line))
+
+    def test_interrupted(self):
+        """Ctrl-C ends a run at once, while requests are under way and while it waits."""
+        for kind in "hangs", "503":
+            stub = self.start(**{kind: 99})
+            line = self.line(f"interrupted-{kind}", f"0 {kind}", stub.url)
+            process = subprocess.Popen(command(line), stderr=subprocess.PIPE, text=True)
+            while not any(one[0] == kind for one in stub.asked):
+                time.sleep(0.05)
+            time.sleep(0.5)
+            start = time.time()
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=60)[1]
+            self.assertLess(time.time() - start, 2)
+            self.assertRegex(said.splitlines()[-1], "^interrupted; start the same command again")
+
+    def test_ways_to_the_server(self):
+        """Proxies, and a path before /v1; a redirection is told, and the key does not follow it."""
+        end = self.start()
+        proxy, key = end.url.removesuffix("/v1"), "Bearer sk-secret"
+        far, near = "http://a.invalid/v1/chat/completions", "/v1/chat/completions"
+        for url, settings, want in (
+            (f"{proxy}/a/v1/", {}, f"/a{near}"),
+            (f"{end.url}/chat/completions", {}, near),
+            ("http://a.invalid/v1", {"http_proxy": proxy}, far),
+            (end.url, {"HTTP_PROXY": "x", "NO_PROXY": "127.0.0.1"}, near),
+        ):
+            settings |= {"OPENAI_API_KEY": "sk-secret"}
+            with self.subTest(url), unittest.mock.patch.dict(os.environ, settings):
+                call(self.line("way", "0", url, f"--patience 0 --preview {TMP}/way.html"))
+                self.assertEqual(end.asked[-1][2:4], (want, key))
         with unittest.mock.patch("caption.WAIT", 0.01):
-            self.refused("--server http.*no answer, ConnectError", f"{away} --data {WORLD}/train")
+            with unittest.mock.patch.dict(os.environ, https_proxy=proxy.replace("//", "//a:b@")):
+                line = self.line("way", "0", "https://a.invalid/v1", "--patience 0")
+                self.refused("--server https.*Tunnel connection failed: 403", line)
+            self.assertEqual(end.asked[-1], ("a.invalid:443", "Basic YTpi"))
+            moved = self.start(f"{end.url}/new", **{"308": 99})
+            self.refused("--server http.*: 308 ", self.line("way", "0", moved.url, "", "308"))
+        self.assertEqual(end.asked[-1], ("a.invalid:443", "Basic YTpi"))
+
+    def test_what_is_asked(self):
+        extra = {"max_completion_tokens": 9, "temperature": None, "chat_template_kwargs": {"a": 1}}
+        _, stub = self.serve("body", "0", f"--extra-body '{json.dumps(extra)}' --seed 3")
+        body = stub.asked[-1][4]
+        self.assertEqual(body.pop("messages")[0]["content"][1], {"type": "text", "text": "0"})
+        del extra["temperature"]
+        self.assertEqual(body, {"model": "m", "n": 1, "top_p": 1.0, "seed": 3} | extra)
+        self.refused("expected a JSON object", self.line("x", "0", stub.url, "--extra-body 3"))
 
     def test_concurrency(self):
         printed, stub = self.serve("many", " ".join(map(str, range(40))), "--concurrency 5")
@@ -1359,7 +1514,7 @@ class Serving(Base):
         folder, same = TMP / "sent", set()
         for name in draw_zoo(folder):
             for side in 1024, 20:
-                content = base64.b64decode(data_url(str(folder), name, side).split(",")[1])
+                content = base64.b64decode(data_url(os.path.join(folder, name), side).split(",")[1])
                 sent, want = Image.open(io.BytesIO(content)), load_image(folder / name)
                 if content == (folder / name).read_bytes():
                     same.add((os.fsencode(name)[:4], side))
@@ -1368,6 +1523,80 @@ class Serving(Base):
                 pixels = [np.asarray(image.convert("L")).astype(int) for image in (sent, want)]
                 self.assertLess(np.abs(pixels[0] - pixels[1]).mean(), 12, "JPEG")
         self.assertEqual(same, {(b"grey", 1024), (b"two ", 1024), (b"\xff quo"[:4], 1024)})
+
+
+class Readme(Base):
+    """What README prints to be pasted runs where it is pasted."""
+
+    def section(self, heading: str) -> str:
+        parts = (HERE / "README.md").read_text(encoding="utf-8").split(f"\n## {heading}\n")
+        self.assertEqual(len(parts), 2, f"README.md has no section '## {heading}'")
+        return parts[1].split("\n## ")[0]
+
+    def test_captions_from_elsewhere(self):
+        blocks = re.findall(r"```python\n(.*?)```", self.section("Captions from elsewhere"), re.S)
+        self.assertEqual(len(blocks), 3, "the authors' .pth, COCO's json, a csv")
+        self.assertLessEqual(max(block.count("\n") for block in blocks), 8)
+        root, keys = TMP / "elsewhere", [line["image"] for line in read_lines(CAPTIONS)]
+        shutil.copytree(WORLD / "train", root / "imagenet/train")
+        shutil.copytree(FLAT / "train", root / "coco/train")
+        texts = [f'text {i},\u2028 "quoted"' for i in range(len(keys))]
+        files = [key.replace("/", "-") for key in keys]
+        said = [(file, {"raw": text}) for file, text in zip(files, texts, strict=True)]
+        said.append(("gone.png", {"raw": "lost"}))
+        images = [{"id": i, "file_name": file} for i, (file, _) in enumerate(said)]
+        spoken = [{"image_id": i, "caption": one["raw"]} for i, (_, one) in enumerate(said)]
+        karpathy = [{"filename": file, "sentences": [one, one]} for file, one in said]
+        pth = root / "minigpt4_caption_imagenet_train_0_1281166.pth"
+        torch.save(texts, pth)
+        (root / "dataset_coco.json").write_text(json.dumps({"images": karpathy}))
+        with open(root / "captions.csv", "w", newline="", encoding="utf-8-sig") as stream:
+            csv.writer(stream).writerows([("caption", "image"), *zip(texts, keys, strict=True)])
+        for n in 0, 1, 2, 1:
+            with contextlib.chdir(root):
+                exec(blocks[n], {})
+            (out,) = root.glob("*.jsonl")
+            found = [(line["image"], line["caption"]) for line in read_lines(out)]
+            self.assertEqual(found, list(zip(files if n == 1 else keys, texts, strict=True)))
+            out.unlink()
+            coco = json.dumps({"images": images, "annotations": spoken})
+            (root / "dataset_coco.json").write_text(coco)
+        torch.save(texts[1:], pth)
+        with contextlib.chdir(root), self.assertRaises(ValueError):
+            exec(blocks[0], {})
+        self.assertEqual(list(root.glob("*.jsonl")), [], "one caption less than images")
+
+    def test_a_stage_copied(self):
+        """Captioning by a model and by a server: what README names, and the imports that it needs,
+        in an otherwise empty file."""
+        line = self.section("Copy a stage into another code base").split("captioning: ")[1]
+        ranges = re.findall(r"`(\w+)` to `(\w+)`", line.split("`caption.py`")[0])
+        self.assertEqual(len(ranges), 2, "captioning: `A` to `B` ... `C` to `D` ... `caption.py`")
+        source = (HERE / "caption.py").read_text()
+        pasted = ""
+        for first, last in ranges:
+            start = re.search(rf"^(@.*\n)?((def|class) )?{first}\b", source, re.M).start()
+            end = re.search(rf"^((def|class) )?{last}\b.*\n(( .*)?\n)*", source, re.M).end()
+            pasted += source[start:end]
+        imports = re.findall(r"^(?:from .*)?import .*", source, re.M)
+        used = [
+            one for one in imports if set(re.findall(r"\w+", one)) & set(re.findall(r"\w+", pasted))
+        ]
+        stub, image = Serving.start(self), str(next((FLAT / "train").iterdir()))
+        use = f"""
+model, processor = load_model({str(MLLM)!r})
+describer = Describer(model, processor, generation={{"max_new_tokens": 6, "num_beams": 1}})
+found = describer.describe([({image!r}, {PROMPT!r})])
+said = Server({stub.url!r}, {{"model": "m"}}).describe({image!r}, "cat")
+"""
+        (TMP / "pasted.py").write_text("\n".join([*used, "", pasted, use]))
+        pasted = runpy.run_path(str(TMP / "pasted.py"))
+        self.assertEqual(pasted["said"], ["a cat caption"])
+        data = f"--data {FLAT}/train --model {MLLM} --prompt '{PROMPT}' --max-new-tokens 6"
+        call(f"caption {data} --out {TMP}/unpasted.jsonl")
+        lines = read_lines(TMP / "unpasted.jsonl")
+        want = [line["caption"] for line in lines if line["image"] == os.path.basename(image)]
+        self.assertEqual(list(pasted["found"].values()), [want])
 
 
 def write_two_captions(file: Path, images: int) -> None:

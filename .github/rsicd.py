@@ -1,11 +1,13 @@
 """README's results on RSICD: lays out rsicd/, links to RSICD_images/ by dataset_rsicd.json (its
 authors' files), as 0, 20, 40, 60 (% of wrong training labels), few (ten training images per class)
-and flat (no classes), and prints the lines of train.py. Usage: python .github/rsicd.py > jobs"""
+and flat (no classes), each with its captions beside it, and prints the lines of train.py.
+Usage: python .github/rsicd.py > jobs"""
 
 import json
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 
 def put(name: str, folder: str) -> None:
@@ -14,9 +16,25 @@ def put(name: str, folder: str) -> None:
         os.symlink(os.path.realpath(f"RSICD_images/{name}", strict=True), link)
 
 
+def write_captions(folder: str, said: dict[str, list[str]]) -> None:
+    """rsicd/FOLDER.jsonl: the different sentences of each image, in the folder's order."""
+    with open(f"rsicd/{folder}.jsonl", "w", encoding="utf-8") as file:
+        for path in sorted(Path(f"rsicd/{folder}").rglob("*.jpg")):
+            key = path.relative_to(f"rsicd/{folder}").as_posix()
+            for text in said[path.name]:
+                line = {"image": key, "caption": " ".join(text.split())}
+                line |= {"model": "import:dataset_rsicd.json", "prompt": ""}
+                file.write(json.dumps(line) + "\n")
+
+
 def lay_out() -> None:
     with open("dataset_rsicd.json", encoding="utf-8") as file:
         images = json.load(file)["images"]
+    said = {}
+    for one in images:  # people repeat themselves
+        said[one["filename"]] = list(
+            dict.fromkeys(text["raw"].strip() for text in one["sentences"])
+        )
     split = {one["filename"]: one["split"] for one in images if not one["filename"][0].isdigit()}
     label = {name: name.rsplit("_", 1)[0] for name in split}  # the others' names state none
     classes = sorted(set(label.values()))
@@ -35,6 +53,8 @@ def lay_out() -> None:
         put(name, f"flat/{split[name]}")
         if name in few or split[name] != "train":
             put(name, f"few/{split[name]}/{label[name]}")
+    for folder in "0/train", "20/train", "40/train", "60/train", "flat/train", "flat/test":
+        write_captions(folder, said)
 
 
 def texts(folder: str, file: str) -> str:

@@ -1904,7 +1904,7 @@ class Embedding(Base):
             ('{"image": 3, "caption": "b"}', '"image" is 3'),
             ('["a", "b"]', "is no JSON object"),
             ('{"image": ', "is not JSON in UTF-8"),
-            ("\ufeff" + good, "begins with a byte order mark"),
+            ("\ufeff" + good, "is not JSON in UTF-8: Unexpected UTF-8 BOM"),
         ):
             bad.write_text(f"{good}\n{line}\n")
             self.refuses(f"line 2:?.* {pattern}", bad, ENCODER)

@@ -1,7 +1,31 @@
-"""README's results on RSICD: lays out rsicd/, links to RSICD_images/ by dataset_rsicd.json (its
-authors' files), as 0, 20, 40, 60 (% of wrong training labels), few (ten training images per class)
-and flat (no classes), each with its captions beside it, and prints the lines of train.py.
-Usage: python .github/rsicd.py > jobs"""
+r"""README's results on RSICD. Put the authors' dataset_rsicd.json into the clone, and the images of
+RSICD_images.zip as RSICD_images/*.jpg. This lays out rsicd/, links to them, as 0, 20, 40, 60 (% of
+wrong training labels), few (ten training images per class) and flat (no classes), each with its
+captions beside it, and prints the lines of train.py. All else is below: 108 runs of some 5 to 40
+minutes on a core, which go on after a kill.
+
+python .github/rsicd.py > jobs
+for w in 0 20 40 60; do
+    python caption.py --data rsicd/$w/train --model template --prompt "a photo of a {class}" \
+        --out rsicd/$w/names.jsonl; done
+for w in {0,20,40,60}/{train,names} flat/{train,test}; do
+    python embed.py --captions rsicd/$w.jsonl --out rsicd/$w.npy; done
+python embed.py --captions rsicd/flat/train.jsonl --out rsicd/flat/tuned.npy \
+    --tune-epochs 3 --tuned-out tuned
+python embed.py --captions rsicd/flat/test.jsonl --out rsicd/flat/test-tuned.npy --model tuned
+export OMP_NUM_THREADS=1; xargs -L 1 python < jobs
+for w in 0 20 40 60; do  # wrong labels
+    python evaluate.py --data rsicd/0/test --out results.jsonl runs/$w-*-[1-3]/last.pt; done
+python evaluate.py --data rsicd/0/test runs/40-{long,cliplong}-{1..3}/last.pt
+python .github/figure.py results.jsonl noise.png
+python evaluate.py --data rsicd/0/test \
+    runs/{alone,longer,from-train-none,from-shuffled}-{1..3}/last.pt  # few labels
+python evaluate.py --data rsicd/0/test runs/hiera-{alone,from-mae,from-text}-{1..3}/last.pt
+python evaluate.py --data rsicd/flat/test --captions rsicd/flat/test.jsonl \
+    --embeddings rsicd/flat/test.npy runs/{train-none,train-mlp,shuffled}-{1..3}/last.pt  # recall
+python evaluate.py --data rsicd/flat/test --captions rsicd/flat/test.jsonl \
+    --embeddings rsicd/flat/test-tuned.npy runs/{tuned-none,tuned-mlp}-{1..3}/last.pt
+"""
 
 import json
 import os
@@ -57,6 +81,15 @@ def lay_out() -> None:
         write_captions(folder, said)
 
 
+def write_hiera() -> None:
+    """rsicd/hiera: 1.1 million parameters, for images of 128 pixels."""
+    config = {"model_type": "hiera", "image_size": [128, 128], "num_query_pool": 2}
+    config |= {"embed_dim": 24, "depths": [1, 1, 3, 1], "num_heads": [1, 2, 4, 8]}
+    config |= {"decoder_hidden_size": 64, "decoder_depth": 2, "decoder_num_heads": 4}
+    os.makedirs("rsicd/hiera", exist_ok=True)
+    Path("rsicd/hiera/config.json").write_text(json.dumps(config))
+
+
 def texts(folder: str, file: str) -> str:
     return f"--captions rsicd/{folder}/{file}.jsonl --embeddings rsicd/{folder}/{file}.npy"
 
@@ -95,9 +128,29 @@ def few_labels(run: str, seed: int) -> Iterator[str]:
         yield f"{run} --epochs 120 {init} --out runs/from-{start}-{seed}"
 
 
+def hiera(seed: int) -> Iterator[str]:
+    run = f"train.py --arch ./rsicd/hiera -j 0 --resume --seed {seed} --optimizer adamw"
+    run += " --weight-decay 0.05 --data rsicd"
+    yield (
+        f"{run}/flat --recipe mae --epochs 30 -b 64 --lr 1e-3 --warmup-epochs 3 --drop-path 0"
+        f" --val-every 5 --out runs/hiera-mae-{seed}"
+    )
+    yield (
+        f"{run}/flat --epochs 15 -b 100 --lr 1e-3 --warmup-epochs 1 --temperature 0.07 --val-every"
+        f" 5 {texts('flat', 'train')} --out runs/hiera-text-{seed}"
+    )
+    run += "/few --epochs 120 -b 50 --warmup-epochs 5 --val-every 1000"
+    yield f"{run} --lr 3e-4 --out runs/hiera-alone-{seed}"
+    for start in "mae", "text":
+        init = f"--init runs/hiera-{start}-{seed}/last.pt"
+        yield f"{run} --lr 1e-3 {init} --out runs/hiera-from-{start}-{seed}"
+
+
 if __name__ == "__main__":
     lay_out()
+    write_hiera()
     for seed in 1, 2, 3:
         run = f"train.py --arch shufflenet_v2_x0_5 --input-size 64 -j 0 --resume --seed {seed}"
         for table in wrong_labels, without_labels, few_labels:  # the last starts from the second
             print(*table(run, seed), sep="\n")
+        print(*hiera(seed), sep="\n")

@@ -1557,22 +1557,25 @@ class Readme(Base):
             exec(blocks[0], {})
         self.assertEqual(list(root.glob("*.jsonl")), [], "one caption less than images")
 
-    def test_a_stage_copied(self):
-        """Captioning by a model and by a server: what README names, and the imports that it needs,
-        in an otherwise empty file."""
-        line = self.section("Copy a stage into another code base").split("captioning: ")[1]
-        ranges = re.findall(r"`(\w+)` to `(\w+)`", line.split("`caption.py`")[0])
-        self.assertEqual(len(ranges), 2, "captioning: `A` to `B` ... `C` to `D` ... `caption.py`")
-        source = (HERE / "caption.py").read_text()
-        pasted = ""
-        for first, last in ranges:
+    def pasted(self, stage: str, script: str, use: str) -> dict:
+        """What README names of a stage ("`A` to `B`", or "`A`"), the imports that it needs, and
+        `use`, run in an otherwise empty file."""
+        section = self.section("Copy a stage into another code base")
+        named = section.split(f"{stage}: ")[1].split(f"`{script}.py`")[0]
+        source = (HERE / f"{script}.py").read_text()
+        code = ""
+        for first, last in re.findall(r"`(\w+)`(?:\s+to\s+`(\w+)`)?", named):
             start = re.search(rf"^(@.*\n)?((def|class) )?{first}\b", source, re.M).start()
-            end = re.search(rf"^((def|class) )?{last}\b.*\n(( .*)?\n)*", source, re.M).end()
-            pasted += source[start:end]
+            end = rf"^((def|class) )?{last or first}\b.*\n(( .*)?\n)*"
+            code += source[start : re.search(end, source, re.M).end()]
+        words = set(re.findall(r"\w+", code + use))
         imports = re.findall(r"^(?:from .*)?import .*", source, re.M)
-        used = [
-            one for one in imports if set(re.findall(r"\w+", one)) & set(re.findall(r"\w+", pasted))
-        ]
+        imports = [line for line in imports if words & set(re.findall(r"\w+", line))]
+        (TMP / "pasted.py").write_text("\n".join([*imports, "", code, use]))
+        return runpy.run_path(str(TMP / "pasted.py"))
+
+    def test_stages_copied(self):
+        """They give what the scripts give."""
         stub, image = Serving.start(self), str(next((FLAT / "train").iterdir()))
         use = f"""
 model, processor = load_model({str(MLLM)!r})
@@ -1580,14 +1583,31 @@ describer = Describer(model, processor, generation={{"max_new_tokens": 6, "num_b
 found = describer.describe([({image!r}, {PROMPT!r})])
 said = Server({stub.url!r}, {{"model": "m"}}).describe({image!r}, "cat")
 """
-        (TMP / "pasted.py").write_text("\n".join([*used, "", pasted, use]))
-        pasted = runpy.run_path(str(TMP / "pasted.py"))
-        self.assertEqual(pasted["said"], ["a cat caption"])
+        found = self.pasted("captioning", "caption", use)
+        self.assertEqual(found["said"], ["a cat caption"])
         data = f"--data {FLAT}/train --model {MLLM} --prompt '{PROMPT}' --max-new-tokens 6"
         call(f"caption {data} --out {TMP}/unpasted.jsonl")
         lines = read_lines(TMP / "unpasted.jsonl")
         want = [line["caption"] for line in lines if line["image"] == os.path.basename(image)]
-        self.assertEqual(list(pasted["found"].values()), [want])
+        self.assertEqual(list(found["found"].values()), [want])
+        use = f"""
+encoder = TextEncoder({str(ENCODER)!r})
+rows = encoder(encoder.tokenize([{read_lines(CAPTIONS)[0]["caption"]!r}])[0])
+"""
+        rows = self.pasted("embedding", "embed", use)["rows"].float().numpy()
+        np.testing.assert_allclose(rows[0], np.load(EMBEDDINGS)[0], atol=2e-3)
+        use = """
+model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+net = Aligned(model, num_classes=3, text_width=5)
+logits, images, texts, tau = net(torch.rand(4, 3, 2, 2), torch.rand(4, 5))
+loss = alignment_loss("clip", images, texts, torch.ones(4, dtype=bool), tau)
+loss.backward()
+"""
+        found = self.pasted("losses", "train", use)
+        images, texts, tau = (found[name].detach() for name in ("images", "texts", "tau"))
+        want = loop_loss("clip", images, texts, [True] * 4, tau.item())
+        self.assertAlmostEqual(found["loss"].item(), want, places=5)
+        self.assertTrue(found["model"][1].weight.grad.any())
 
 
 def write_two_captions(file: Path, images: int) -> None:
@@ -1913,19 +1933,6 @@ class Embedding(Base):
             self.refuses(pattern, CAPTIONS, TMP / "parts")
         shutil.copytree(ENCODER, TMP / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
         self.refuses("its tokenizer knows no words", CAPTIONS, TMP / "mute")
-
-    def test_what_is_copied_runs_alone(self):
-        """What README's "Copy a stage" names, in an empty module."""
-        import embed
-
-        readme, source = (HERE / "README.md").read_text(), inspect.getsource(embed)
-        pattern = r"embedding: `(\w+)`, and\s+`(\w+)`\s+to\s+`(\w+)`"
-        constant, first, last = re.search(pattern, readme).groups()
-        lines = re.findall(rf"^(?:import|from|{constant} =) .*", source, re.MULTILINE)
-        start, end = source.index(f"def {first}("), source.index(f"class {last}(")
-        exec("\n".join([*lines, source[start : source.index("\n\n\n", end)]]), module := {})
-        encoder = module[last](str(ENCODER), pooling="cls", prefix="a ", max_length=9)
-        self.assertEqual(encoder(encoder.tokenize(["red star", "star"])[0]).shape, (2, 64))
 
     def test_refusals(self):
         bad = TMP / "bad.jsonl"

@@ -634,5 +634,7 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError as error:
         less = "start again with a smaller --batch-tokens (--tune-batch); what is done stays done"
         raise SystemExit(f"out of memory: {less}") from error
+    except IndexError as error:
+        raise SystemExit(f"a token is beyond the model's table of them: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit("interrupted; start the same command again to go on") from None

@@ -67,7 +67,7 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 # What a recipe puts before the user's own options: resnet (the defaults) and deit are the paper's,
 # mae and hiera those of Hiera-B, llm2clip is LLM2CLIP's, finetune ours. In the official code lambda
 # is 0.3, but acts as 0.3 / W on its W = 4 (ResNet) or 8 (DeiT) processes, since its gather keeps
-# the local gradient only; here W does not matter.
+# the local gradient only; here W does not matter. Of timm's DeiT, RandAugment's spread is missing.
 ADAMW = "--optimizer adamw --weight-decay 0.05 "
 MIXED = "--label-smoothing 0.1 --mixup 0.8 --cutmix 1.0 --randaugment 27 --random-erasing 0.25 "
 MIXED += "--interpolation bicubic --drop-path 0.1 --align-weight 0.0375 --temperature 0.05 "

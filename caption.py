@@ -105,12 +105,6 @@ def parse_args() -> argparse.Namespace:
         p.error("--extra-body: without --server only chat_template_kwargs has an effect")
     if not (args.preview or ".html").endswith(".html"):
         p.error("--preview writes a page: name it FILE.html")
-    sampling = {"temperature": args.temperature, "top_p": args.top_p}
-    args.fields = {"model": args.model, "n": args.num_captions, "seed": args.seed} | sampling
-    args.fields |= {"max_tokens": args.max_new_tokens} | args.extra_body
-    args.generation = {"max_new_tokens": args.max_new_tokens, "num_beams": 1}
-    args.generation |= {"num_return_sequences": args.num_captions, "do_sample": False}
-    args.generation |= sampling | {"do_sample": True, "top_k": 0} if args.temperature else {}
     return args
 
 
@@ -483,15 +477,7 @@ def data_url(path: str, side: int) -> str:
 
 
 WAIT, TIMEOUT = 0.25, 300.0  # seconds: before a server is asked again (it doubles), for an answer
-
-
-class AnyStatus(urllib.request.HTTPErrorProcessor):
-    """An answer is an answer: errors do not raise, redirections are not followed."""
-
-    def http_response(self, request, response):
-        return response
-
-    https_response = http_response
+AWAY = ConnectionRefusedError, socket.gaierror, TimeoutError
 
 
 @dataclasses.dataclass
@@ -511,17 +497,16 @@ class Server:
 
     def __post_init__(self):
         self.url = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        absent = {"max_tokens"} if "max_completion_tokens" in self.fields else set()
-        absent |= {name for name, value in self.fields.items() if value is None}
-        self.fields = {name: self.fields[name] for name in self.fields.keys() - absent}
-        context = urllib.request.HTTPSHandler(context=ssl.create_default_context())
-        self.opener = urllib.request.build_opener(AnyStatus, context)
-        self.heard, self.lock, self.cut = time.monotonic(), threading.Lock(), 0
+        https = urllib.request.HTTPSHandler(context=ssl.create_default_context())
+        self.opener = urllib.request.OpenerDirector()  # no error raises, no redirection is followed
+        for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler(), https):
+            self.opener.add_handler(handler)
+        self.lock, self.cut = threading.Lock(), 0
 
     def describe(self, image: str, text: str) -> list[str] | str:
         """Captions of an image, a file or a data URL, or why there are none. Only a server that is
-        busy or breaks off is asked again. Raises ConnectionError where other images would fare no
-        better: the key, the model or the address is wrong, or the server is away for too long."""
+        busy, breaks off or is away is asked again. Raises ConnectionError where other images would
+        fare no better: the key, the model or the address is wrong, or it is away for too long."""
         try:
             image = image if image.startswith("data:") else data_url(image, self.max_side)
         except Exception as error:  # whatever a decoder raises, it costs this image only
@@ -529,41 +514,37 @@ class Server:
         content = [{"type": "image_url", "image_url": {"url": image}}]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
         body = json.dumps(self.fields | {"messages": messages}).encode()
-        for times in range(1, 9):
-            status, said, after = self.post(body)
-            result = self.captions(said) if status == 200 else f"{status} {said}"
+        times, heard = 0, time.monotonic()
+        while True:
+            status, said, pause = self.post(body)
+            result = self.captions(said) if status == 200 else f"{status or ''} {said}"
             if isinstance(result, list):
-                break
+                return result
             result = " ".join(result.split()).replace(self.key, "***")[:300]
-            if status in (401, 404):
+            if status in (401, 404) or (not status and time.monotonic() - heard > self.patience):
                 raise ConnectionError(result)
-            if times == 8 or not (status in (408, 429) or status >= 500):
-                break
-            pause = max(after, WAIT * 2**times * random.uniform(0.75, 1))
+            if status:
+                times, heard = times + 1, time.monotonic()
+                if times == 8 or not (status in (408, 429) or status >= 500):
+                    return result
+                pause = max(pause, WAIT * 2**times * random.uniform(0.75, 1))
             self.tell(f"asking again in {pause:.0f} s: {result}")
             time.sleep(pause)
-        return result
 
     def post(self, body: bytes) -> tuple[int, str, float]:
-        """Status, content and Retry-After (seconds) of the answer; 503 if it broke off. A server
-        that is away is waited for."""
+        """Status, content and Retry-After (seconds) of the answer; status 0 if the server is away,
+        503 if it breaks off."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         request = urllib.request.Request(self.url, body, headers | {"User-Agent": "caption.py"})
-        while True:
-            try:
-                with self.opener.open(request, timeout=TIMEOUT) as answer:
-                    said = answer.read().decode(errors="replace")
-                break
-            except (OSError, http.client.HTTPException) as error:
-                reason = getattr(error, "reason", error)  # a URLError has one: nothing was sent
-                away = ConnectionRefusedError, socket.gaierror, TimeoutError
-                if reason is error or not isinstance(reason, away):
-                    return 503, f"no answer, {first_line(reason)}", 0
-                if time.monotonic() - self.heard > self.patience:
-                    raise ConnectionError(first_line(reason)) from error
-                self.tell(f"asking again in 2 s: no connection, {first_line(reason)}")
-                time.sleep(2)
-        self.heard, retry, after = time.monotonic(), answer.headers["Retry-After"] or "0", 0
+        try:
+            with self.opener.open(request, timeout=TIMEOUT) as answer:
+                said = answer.read().decode(errors="replace")
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)  # a URLError has one: nothing was sent
+            if isinstance(reason, AWAY) and reason is not error:
+                return 0, f"no connection, {first_line(reason)}", 2
+            return 503, f"no answer, {first_line(reason)}", 0
+        retry, after = answer.headers["Retry-After"] or "0", 0
         with contextlib.suppress(ValueError):
             date = 0 if retry.isdecimal() else parsedate_to_datetime(retry).timestamp()
             after = min(date - time.time() if date else int(retry), 3600)
@@ -571,17 +552,15 @@ class Server:
 
     def captions(self, said: str) -> list[str] | str:
         """Those in an answer with status 200, or why there are none."""
-        count = self.fields.get("n", 1)
         try:
-            choices = json.loads(said)["choices"][:count]
+            answer = json.loads(said)["choices"]
+            choices = [answer[i] for i in range(self.fields.get("n", 1))]
             found = clean([choice["message"]["content"] or "" for choice in choices])
             ends = [choice.get("finish_reason") for choice in choices]
         except Exception as error:  # of many kinds, as what may stand there
-            return f"no caption, {first_line(error)}: {said}"
-        if isinstance(found, str):
-            return f"{found}: {said}"
-        if "content_filter" in ends or len(found) < count:
-            return f"no caption: {said}"
+            found, ends = first_line(error), []
+        if isinstance(found, str) or "content_filter" in ends:
+            return f"no caption, {found}: {said}"
         with self.lock:
             self.cut += ends.count("length")
         return found
@@ -754,6 +733,7 @@ def main() -> None:
     names = name_classes(keys, args.prompt, args.class_names)
     limit = min(args.limit or len(keys), len(keys))
     hub = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    sampling = {"temperature": args.temperature, "top_p": args.top_p}
 
     def question(key: str, prompt: str) -> tuple[str, str]:
         name = names.get(key.split("/")[0], "")
@@ -766,15 +746,21 @@ def main() -> None:
         if args.model == "template":
             answers = ([[text] for _, text in pairs] for pairs in questions)
         elif args.server:
+            fields = {"model": args.model, "n": args.num_captions, "seed": args.seed}
+            fields |= {"max_tokens": args.max_new_tokens} | sampling | args.extra_body
+            if "max_completion_tokens" in fields:  # the newer name: some servers refuse both
+                del fields["max_tokens"]
+            fields = {name: value for name, value in fields.items() if value is not None}
             key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
-            source = Server(
-                args.server, args.fields, key=key, max_side=side, patience=args.patience, tell=tell
-            )
+            source = Server(args.server, fields, key, side, args.patience, tell)
             answers = ask_server(source, questions, args.concurrency, args.prompt[0])
         else:
+            options = {"max_new_tokens": args.max_new_tokens, "num_beams": 1}
+            options |= {"num_return_sequences": args.num_captions, "do_sample": False}
+            options |= sampling | {"do_sample": True, "top_k": 0} if args.temperature else {}
             loaded = load_model(args.model, device=device, dtype=args.dtype, **hub)
             template = args.extra_body.get("chat_template_kwargs", {})
-            source = Describer(*loaded, template, args.generation, batch_size=size, max_side=side)
+            source = Describer(*loaded, template, options, size, side)
             source.probe(args.prompt)
             answers = ask_model(source, questions, args.workers, args.seed)
         both = zip(images, answers, strict=True)

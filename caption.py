@@ -60,7 +60,6 @@ SETTINGS = ["model", "revision", "dtype", "prompt", "max_new_tokens", "batch_siz
 SETTINGS += ["num_captions", "temperature", "top_p", "seed", "max_side", "extra_body"]
 BLACK = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQAAAACCEkxzAAAAD0lEQVR42m"
 BLACK += "NgGAWjgHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"  # 64 x 64 pixels
-Answers = Iterator[list[list[str] | str]]  # of a batch's questions: captions, or why there are none
 
 
 def parse_args() -> argparse.Namespace:
@@ -92,27 +91,21 @@ def parse_args() -> argparse.Namespace:
     add("--extra-body", type=json.loads, default={}, metavar="JSON", help=body)
     add("--revision", default="main", help="branch, tag or commit of a hub model (%(default)s)")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
-    add("--limit", type=int, help="describe only the first N images of the folder's order")
+    add(
+        "--limit",
+        type=int,
+        default=sys.maxsize,
+        help="describe only the first N images of the folder's order",
+    )
     add("--retry-failed", action="store_true", help="do the batches again in which images failed")
     add("--shard", default="0/1", help="I/N: part I (from 0) of N; torchrun splits a part further")
     add("--preview", metavar="FILE.html", help="show twelve random images with captions, and stop")
     args = p.parse_args()
     args.prompt = args.prompt or [PROMPT]
-    check(p, args)
-    if not isinstance(args.extra_body, dict):
-        p.error('--extra-body: expected a JSON object, {"max_completion_tokens": 128} for one')
-    if not args.server and args.extra_body.keys() - {"chat_template_kwargs"}:
-        p.error("--extra-body: without --server only chat_template_kwargs has an effect")
-    if not (args.preview or ".html").endswith(".html"):
-        p.error("--preview writes a page: name it FILE.html")
-    return args
-
-
-def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if unknown := set(re.findall(r"{\w*}", " ".join(args.prompt))) - {"{class}"}:
         p.error(f"--prompt: {unknown} is not known, only {{class}} is")
-    counts = [args.batch_size, args.max_new_tokens, args.num_captions, args.concurrency, args.limit]
-    if min(1 if count is None else count for count in counts) < 1:
+    counts = args.max_new_tokens, args.num_captions, args.concurrency, args.limit
+    if min(*counts, args.batch_size or 1) < 1:
         p.error("numbers of images, tokens, captions and requests start at 1")
     if min(args.workers, args.max_side, args.patience, args.temperature) < 0:
         p.error("-j, --max-side, --patience and --temperature start at 0")
@@ -125,6 +118,13 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     part = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     if not part or int(part[1]) >= int(part[2]):
         p.error(f"--shard {args.shard}: expected I/N with 0 <= I < N")
+    if not isinstance(args.extra_body, dict):
+        p.error('--extra-body: expected a JSON object, {"max_completion_tokens": 128} for one')
+    if not args.server and args.extra_body.keys() - {"chat_template_kwargs"}:
+        p.error("--extra-body: without --server only chat_template_kwargs has an effect")
+    if not (args.preview or ".html").endswith(".html"):
+        p.error("--preview writes a page: name it FILE.html")
+    return args
 
 
 def process_rank() -> tuple[int, int]:
@@ -194,8 +194,7 @@ def read_names(file: str) -> dict[str, str]:
         pairs = json.loads(text).items()
     else:
         lines = [line.strip() for line in text.splitlines()]
-        parts = [line.partition("\t" if "\t" in line else " ") for line in lines]
-        pairs = [(folder, name) for folder, _, name in parts]
+        pairs = [line.partition("\t" if "\t" in line else " ")[::2] for line in lines]
     names = {folder: name[0] if isinstance(name, list) else name for folder, name in pairs}
     return {folder.strip(): name.split(",")[0].strip() for folder, name in names.items()}
 
@@ -207,18 +206,17 @@ def name_classes(keys: list[str], prompts: list[str], file: str | None) -> dict[
     folders = sorted({key.split("/")[0] for key in keys if "/" in key})
     if not folders:
         raise SystemExit("{class}: the images of --data are not in class folders")
-    if file:
-        with in_a_sentence(f"--class-names {file}"):
+    with in_a_sentence(f"--class-names {file}" if file else "{class}: pass --class-names"):
+        names = {}
+        if file:
             names = read_names(file)
+        elif not all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
+            names = {folder: folder.replace("_", " ") for folder in folders}
+        elif len(folders) == 1000:  # those of ImageNet
+            names = dict(zip(folders, ResNet50_Weights.DEFAULT.meta["categories"], strict=True))
         if missing := [folder for folder in folders if not names.get(folder)]:
-            what = f"no name for {len(missing)} class folders, as {missing[0]}"
-            raise SystemExit(f"--class-names {file}: {what}")
-        return {folder: names[folder] for folder in folders}
-    if not all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
-        return {folder: folder.replace("_", " ") for folder in folders}
-    if len(folders) != 1000:
-        raise SystemExit("{class}: only all 1000 ImageNet folders have names: pass --class-names")
-    return dict(zip(folders, ResNet50_Weights.DEFAULT.meta["categories"], strict=True))
+            raise ValueError(f"no name for {len(missing)} class folders, as {missing[0]}")
+    return {folder: names[folder] for folder in folders}
 
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # a comment costs no image
@@ -295,16 +293,13 @@ def load_model(name: str, *, device: str = "cpu", dtype: str = "auto", **options
 
 
 class Watch(transformers.LogitsProcessor):
-    """Notes each row's largest score, which is NaN if one is; sampling would end with an error."""
+    """Notes which rows have had finite scores so far, and replaces those that sampling refuses."""
 
-    def __init__(self, sampling: bool):
-        self.sampling, self.largest = sampling, []
+    finite = True
 
     def __call__(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.largest.append(scores.amax(-1))
-        if self.sampling:
-            scores = scores.masked_fill(~self.largest[-1].isfinite()[:, None], 0.0)
-        return scores
+        self.finite &= scores.amax(-1).isfinite()  # of the largest, which is NaN if one is
+        return scores.masked_fill(~self.finite[:, None], 0.0)
 
 
 @dataclasses.dataclass
@@ -372,7 +367,7 @@ class Describer:
     @torch.inference_mode()
     def generate(self, inputs: dict, **changes) -> list[list[str] | str]:
         """For each row of encode()'s inputs its captions, or why there are none."""
-        watch = Watch(self.generation.get("do_sample", False))
+        watch = Watch()
         inputs = transformers.BatchFeature(inputs).to(self.model.device, non_blocking=True)
         prompt = inputs["input_ids"].repeat_interleave(self.each, 0)  # BLIP changes it
         options = self.generation | changes
@@ -385,8 +380,8 @@ class Describer:
         self.cut += len(ends) - int(ends.sum())
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         found = [clean(texts[i : i + self.each]) for i in range(0, len(texts), self.each)]
-        sound = torch.stack(watch.largest).isfinite().all(0).view(-1, self.each).all(1).tolist()
-        return [one if ok else NOT_FINITE for one, ok in zip(found, sound, strict=True)]
+        finite = watch.finite.view(-1, self.each).all(1).tolist()
+        return [one if ok else NOT_FINITE for one, ok in zip(found, finite, strict=True)]
 
     def read(self, pairs: list[tuple[str, str]]) -> list[tuple[list, dict | str]]:
         """[(some of the (image file, text) pairs, generate()'s inputs for them or why there are
@@ -441,7 +436,9 @@ class Describer:
         return found
 
 
-def ask_model(describer: Describer, questions: list, workers: int, seed: int) -> Answers:
+def ask_model(
+    describer: Describer, questions: list, workers: int, seed: int
+) -> Iterator[list[list[str] | str]]:
     """describe() of each batch of questions. What waits for the model takes at most about 4 GB."""
     room = int(4e9 // (describer.image_bytes * describer.batch_size))
     workers = min(workers, max(1, room))
@@ -566,7 +563,9 @@ class Server:
         return found
 
 
-def ask_server(server: Server, questions: list, concurrency: int, prompt: str) -> Answers:
+def ask_server(
+    server: Server, questions: list, concurrency: int, prompt: str
+) -> Iterator[list[list[str] | str]]:
     """server.describe() of each batch of questions; `concurrency` of them are under way."""
     waiting, ahead = collections.deque(), 2 * concurrency // len(questions[0]) + 2
     told = in_a_sentence(f"--server {server.url}")  # what would come again for each image
@@ -623,10 +622,8 @@ class Parts:
                 new.rename(self.folder)
             except OSError:  # another process was faster
                 shutil.rmtree(new)
-        try:
+        with in_a_sentence(f"{self.folder} is not of this version, move it away"):
             begun = json.loads((self.folder / "settings.json").read_bytes())
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"{self.folder} is not of this version: move it away") from error
         for key, value in self.settings.items():
             if begun.get(key) != value:
                 what = f"{self.folder} was begun with {key} {begun.get(key)!r}, not {value!r}"
@@ -691,8 +688,6 @@ def preview(file: str, data: str, records: list[dict]) -> None:
             continue
         words = f"{html.escape(key)}<p dir=auto>{html.escape(record['caption'])}"
         page.append(f'<tr><td><img src="{url}" width=256><td>{words}')
-    if len(page) == 1:
-        raise SystemExit("--preview: none of the images could be described")
     Path(file).write_text("\n".join(page), encoding="utf-8", errors="replace")
     print(f"{file}: {len(page) - 1} captions")
 
@@ -731,7 +726,7 @@ def main() -> None:
     side = args.max_side or sys.maxsize
     keys = list_keys(args.data)
     names = name_classes(keys, args.prompt, args.class_names)
-    limit = min(args.limit or len(keys), len(keys))
+    limit = min(args.limit, len(keys))
     hub = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     sampling = {"temperature": args.temperature, "top_p": args.top_p}
 

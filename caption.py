@@ -91,12 +91,7 @@ def parse_args() -> argparse.Namespace:
     add("--extra-body", type=json.loads, default={}, metavar="JSON", help=body)
     add("--revision", default="main", help="branch, tag or commit of a hub model (%(default)s)")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
-    add(
-        "--limit",
-        type=int,
-        default=sys.maxsize,
-        help="describe only the first N images of the folder's order",
-    )
+    add("--limit", type=int, default=sys.maxsize, help="only the folder's first N images")
     add("--retry-failed", action="store_true", help="do the batches again in which images failed")
     add("--shard", default="0/1", help="I/N: part I (from 0) of N; torchrun splits a part further")
     add("--preview", metavar="FILE.html", help="show twelve random images with captions, and stop")
@@ -384,25 +379,23 @@ class Describer:
         return [one if ok else NOT_FINITE for one, ok in zip(found, finite, strict=True)]
 
     def read(self, pairs: list[tuple[str, str]]) -> list[tuple[list, dict | str]]:
-        """[(some of the (image file, text) pairs, generate()'s inputs for them or why there are
-        none)]; in a worker."""
-        images, groups, requests = {}, collections.defaultdict(list), []
-        for path, text in pairs:
+        """[(some of the (image file, text) pairs, generate()'s inputs or, for one, why there are
+        none)]; in a worker. Pairs of which one fails are halved until that one is alone."""
+        same = [pair for pair in pairs if self.chat or pair[1] == pairs[0][1]]
+        if len(same) < len(pairs):  # a model without a chat template takes one text at a time
+            return self.read(same) + self.read([pair for pair in pairs if pair not in same])
+        if len(pairs) <= self.room:
             try:
-                if path not in images:
-                    images[path] = load_image(path)
-                    images[path].thumbnail((self.max_side, self.max_side))
-                groups["" if self.chat else text].append((path, text))
-            except Exception as error:  # whatever a decoder raises, it costs this image only
-                requests.append(([(path, text)], first_line(error)))
-        size = int(self.room)
-        for some in [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]:
-            try:
-                inputs = self.encode([images[path] for path, _ in some], [text for _, text in some])
-            except Exception as error:  # one of them is too odd (1 x 4000 pixels, say)
-                inputs = first_line(error)
-            requests.append((some, inputs))
-        return requests
+                images = {path: load_image(path) for path in dict(pairs)}
+                for image in images.values():
+                    image.thumbnail((self.max_side, self.max_side))
+                texts = [text for _, text in pairs]
+                return [(pairs, self.encode([images[path] for path, _ in pairs], texts))]
+            except Exception as error:  # of any kind: no file, a decoder's, too odd for the model
+                if len(pairs) == 1:
+                    return [(pairs, first_line(error))]
+        half = (len(pairs) + 1) // 2
+        return self.read(pairs[:half]) + self.read(pairs[half:])
 
     def describe(self, pairs: list[tuple[str, str]], requests=None) -> dict[tuple, list[str] | str]:
         """{(image file, text): captions, or why there are none}; `requests` is what read() made of
@@ -410,29 +403,26 @@ class Describer:
         halved until that image is alone."""
         found, requests = {}, requests or self.read(pairs)
         while requests:
-            some, results = requests.pop()
+            some, inputs = requests.pop()
             some = [tuple(pair) for pair in some]  # of which torch 2.9's pin_memory makes lists
-            if not isinstance(results, str):
-                try:
-                    results = self.generate(results)
-                except Exception as error:
-                    results = first_line(error)
-            if not isinstance(results, str):
-                found |= dict(zip(some, results, strict=True))
-                continue
-            full = re.search("OutOfMemory|out of memory|allocate memory|ALLOC_FAILED", results)
-            if re.search("(CUDA|HIP) error", results) and not full:
-                raise SystemExit(f"{results}: the GPU is lost to this process; start it again")
+            error = ""
+            try:
+                results = [inputs] if isinstance(inputs, str) else self.generate(inputs)
+            except Exception as failure:
+                error = first_line(failure)
+            full = re.search("OutOfMemory|out of memory|allocate memory|ALLOC_FAILED", error)
+            if re.search("(CUDA|HIP) error", error) and not full:
+                raise SystemExit(f"{error}: the GPU is lost to this process; start it again")
             half = (len(some) + 1) // 2
-            if len(some) > 1:
+            if error and len(some) > 1:
                 torch.accelerator.empty_cache()
                 if full:  # for the rest of the run
                     self.room.clamp_(max=half)
                 requests += self.read(some[:half]) + self.read(some[half:])
-            else:
-                found[some[0]] = results
-                if full:  # it would fit nowhere, which says nothing of the others
-                    self.room.fill_(self.batch_size)
+                continue
+            if full:  # it would fit nowhere, which says nothing of the others
+                self.room.fill_(self.batch_size)
+            found |= dict(zip(some, [error] if error else results, strict=True))
         return found
 
 

@@ -13,10 +13,10 @@ Launch:
     python caption.py --data imagenet/train --preview captions.html      # look at twelve first
 
 Kill it at any moment and run the same line again: it goes on where it stopped. Each process appends
-a line per finished batch (always the same images of the folder's order) to a file of its own in
-FILE.jsonl.parts/; whoever finds all batches there merges them. So greedy `generate` gives the same
-file on any number of processes of the same hardware. The parts stay, for --retry-failed and a
-larger --limit. GPT4Image (arXiv 2306.00693), "describe".
+its batches (always the same images of the folder's order) to a file of its own in FILE.jsonl.parts/
+and whoever finds all batches there merges them. So greedy `generate` gives the same file on any
+number of processes of the same hardware. The parts stay, for --retry-failed and a larger --limit.
+GPT4Image (arXiv 2306.00693), "describe".
 """
 
 import argparse
@@ -100,10 +100,9 @@ def parse_args() -> argparse.Namespace:
     if unknown := set(re.findall(r"{\w*}", " ".join(args.prompt))) - {"{class}"}:
         p.error(f"--prompt: {unknown} is not known, only {{class}} is")
     counts = args.max_new_tokens, args.num_captions, args.concurrency, args.limit
-    if min(*counts, args.batch_size or 1) < 1:
-        p.error("numbers of images, tokens, captions and requests start at 1")
-    if min(args.workers, args.max_side, args.patience, args.temperature) < 0:
-        p.error("-j, --max-side, --patience and --temperature start at 0")
+    others = args.workers, args.max_side, args.patience, args.temperature
+    if min(*counts, args.batch_size or 1) < 1 or min(others) < 0:
+        p.error("numbers of images, tokens, captions and requests start at 1, others at 0")
     if args.model == "template" and args.prompt == [PROMPT]:
         p.error('--model template needs a --prompt, "a photo of a {class}" for one')
     if args.num_captions > 1 and args.temperature == 0:
@@ -268,9 +267,6 @@ def clean(texts: list[str]) -> list[str] | str:
     return captions
 
 
-NOT_FINITE = "the model's scores are not finite: another --dtype may help"
-
-
 def load_model(name: str, *, device: str = "cpu", dtype: str = "auto", **options) -> tuple:
     """Model and processor. SystemExit where weights are missing, as they would be random."""
     strict = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -290,7 +286,7 @@ def load_model(name: str, *, device: str = "cpu", dtype: str = "auto", **options
 class Watch(transformers.LogitsProcessor):
     """Notes which rows have had finite scores so far, and replaces those that sampling refuses."""
 
-    finite = True
+    finite, failed = True, "the model's scores are not finite: another --dtype may help"
 
     def __call__(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.finite &= scores.amax(-1).isfinite()  # of the largest, which is NaN if one is
@@ -334,8 +330,8 @@ class Describer:
         for prompt in prompts:
             with in_a_sentence(f"--model cannot take {prompt!r}"):
                 inputs = self.encode(images, [prompt] * 2)
-                if self.generate(inputs, max_new_tokens=2) == [NOT_FINITE] * 2:
-                    raise ValueError(NOT_FINITE)
+                if self.generate(inputs, max_new_tokens=2) == [Watch.failed] * 2:
+                    raise ValueError(Watch.failed)
                 if image_token is not None and image_token not in inputs["input_ids"]:
                     raise ValueError("its processor puts no image into the prompt")
             self.image_bytes += sum(x.nbytes for x in inputs.values()) // len(images)
@@ -376,7 +372,7 @@ class Describer:
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         found = [clean(texts[i : i + self.each]) for i in range(0, len(texts), self.each)]
         finite = watch.finite.view(-1, self.each).all(1).tolist()
-        return [one if ok else NOT_FINITE for one, ok in zip(found, finite, strict=True)]
+        return [one if ok else Watch.failed for one, ok in zip(found, finite, strict=True)]
 
     def read(self, pairs: list[tuple[str, str]]) -> list[tuple[list, dict | str]]:
         """[(some of the (image file, text) pairs, generate()'s inputs or, for one, why there are
@@ -426,9 +422,7 @@ class Describer:
         return found
 
 
-def ask_model(
-    describer: Describer, questions: list, workers: int, seed: int
-) -> Iterator[list[list[str] | str]]:
+def ask_model(describer: Describer, questions: list, workers: int, seed: int) -> Iterator[list]:
     """describe() of each batch of questions. What waits for the model takes at most about 4 GB."""
     room = int(4e9 // (describer.image_bytes * describer.batch_size))
     workers = min(workers, max(1, room))
@@ -553,13 +547,10 @@ class Server:
         return found
 
 
-def ask_server(
-    server: Server, questions: list, concurrency: int, prompt: str
-) -> Iterator[list[list[str] | str]]:
+def ask_server(server: Server, questions: list, concurrency: int, prompt: str) -> Iterator[list]:
     """server.describe() of each batch of questions; `concurrency` of them are under way."""
     waiting, ahead = collections.deque(), 2 * concurrency // len(questions[0]) + 2
-    told = in_a_sentence(f"--server {server.url}")  # what would come again for each image
-    with told, ThreadPool(concurrency) as pool:  # its threads are daemons: they delay no end
+    with in_a_sentence(f"--server {server.url}"), ThreadPool(concurrency) as pool:
         first = pool.apply(server.describe, (BLACK, prompt.replace("{class}", "")))
         if isinstance(first, str):
             raise ConnectionError(first)
@@ -668,15 +659,13 @@ def preview(file: str, data: str, records: list[dict]) -> None:
     """A page that shows the captions beside the images, which are in it."""
     page = ["<!doctype html><meta charset=utf-8><title>Captions</title><table>"]
     for record in records:
-        key, error = record["image"], record.get("error")
+        key = record["image"]
         try:
-            url = data_url(os.path.join(data, key), 512)
-        except Exception as unreadable:  # a template asks no model that would have failed
-            error = error or first_line(unreadable)
-        if error:
-            print(f"failed: {key!r}: {error}")
+            url, caption = data_url(os.path.join(data, key), 512), record["caption"]
+        except Exception as unreadable:  # as a template's image may be; or there is no caption
+            print(f"failed: {key!r}: {record.get('error', first_line(unreadable))}")
             continue
-        words = f"{html.escape(key)}<p dir=auto>{html.escape(record['caption'])}"
+        words = f"{html.escape(key)}<p dir=auto>{html.escape(caption)}"
         page.append(f'<tr><td><img src="{url}" width=256><td>{words}')
     Path(file).write_text("\n".join(page), encoding="utf-8", errors="replace")
     print(f"{file}: {len(page) - 1} captions")
@@ -687,19 +676,18 @@ def run(parts: Parts, batches: list, mine: list, retry: bool, ask: Callable, qui
     found = parts.scan()
     todo = [b for b in mine if b not in found or (retry and found[b][0])]
     if todo:
-        start, captions, failed, total = time.perf_counter(), 0, 0, sum(map(len, mine))
+        start, count, total = time.perf_counter(), collections.Counter(), sum(map(len, mine))
         before = total - sum(map(len, todo))
         with tqdm(total=total, initial=before, unit="image", smoothing=0.05, disable=quiet) as bar:
             source, answers = ask(todo, bar.set_postfix_str)
             for batch, records in zip(todo, answers, strict=True):
                 parts.write(batch, records)
-                captions += sum("caption" in record for record in records)
-                failed += sum("error" in record for record in records)
-                bar.set_postfix(failed=failed, refresh=False)
+                count.update("error" if "error" in record else "caption" for record in records)
+                bar.set_postfix(failed=count["error"], refresh=False)
                 bar.update(len(batch))
         seconds, cut = time.perf_counter() - start, getattr(source, "cut", 0)
-        rate = f"in {seconds:.1f} s, {captions / seconds:.2f} captions/s"
-        print(f"this run: {captions} captions ({cut} cut short) {rate}")
+        rate = f"in {seconds:.1f} s, {count['caption'] / seconds:.2f} captions/s"
+        print(f"this run: {count['caption']} captions ({cut} cut short) {rate}")
         found = parts.scan()
     done = sum(batch in found for batch in batches)
     if done == len(batches):

@@ -171,15 +171,6 @@ def list_images(folder: str, allow_empty: bool = False) -> tuple[list[str], list
     return classes, make_dataset(folder, index, None, is_image, allow_empty)
 
 
-def list_keys(data: str) -> list[str]:
-    """Keys (POSIX paths relative to `data`) of all images, in order."""
-    with in_a_sentence(f"--data {data}"):
-        classes, samples = list_images(data)
-    if {"train", "val"} <= set(classes):
-        raise SystemExit(f"--data {data}: did you mean {os.path.join(data, 'train')}?")
-    return [os.path.relpath(path, data).replace(os.sep, "/") for path, _ in samples]
-
-
 def read_names(file: str) -> dict[str, str]:
     """{class folder: name}, of synonyms the first: of JSON {folder: name or names}, or of lines
     with a tab, else white space, behind the folder."""
@@ -193,11 +184,10 @@ def read_names(file: str) -> dict[str, str]:
     return {folder.strip(): name.split(",")[0].strip() for folder, name in names.items()}
 
 
-def name_classes(keys: list[str], prompts: list[str], file: str | None) -> dict[str, str]:
+def name_classes(folders: list[str], prompts: list[str], file: str | None) -> dict[str, str]:
     """{class folder: name}, if a prompt asks for it: of the file, of ImageNet or of the folder."""
     if not any("{class}" in prompt for prompt in prompts):
         return {}
-    folders = sorted({key.split("/")[0] for key in keys if "/" in key})
     if not folders:
         raise SystemExit("{class}: the images of --data are not in class folders")
     with in_a_sentence(f"--class-names {file}" if file else "{class}: pass --class-names"):
@@ -269,10 +259,10 @@ def clean(texts: list[str]) -> list[str] | str:
 
 def load_model(name: str, *, device: str = "cpu", dtype: str = "auto", **options) -> tuple:
     """Model and processor. SystemExit where weights are missing, as they would be random."""
-    strict = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    kind = transformers.AutoModelForImageTextToText
     with in_a_sentence(f"--model {name}: cannot load it"):
-        model, info = kind.from_pretrained(name, dtype=dtype, **strict, **options)
+        model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
         processor = transformers.AutoProcessor.from_pretrained(name, **options)
         model.eval().to(device)
     if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
@@ -702,8 +692,12 @@ def main() -> None:
     device = choose_device(args.device, world)
     size = args.batch_size = args.batch_size or (16 if device == "cpu" else 64)
     side = args.max_side or sys.maxsize
-    keys = list_keys(args.data)
-    names = name_classes(keys, args.prompt, args.class_names)
+    with in_a_sentence(f"--data {args.data}"):
+        classes, samples = list_images(args.data)
+    if {"train", "val"} <= set(classes):
+        raise SystemExit(f"--data {args.data}: did you mean {os.path.join(args.data, 'train')}?")
+    keys = [os.path.relpath(path, args.data).replace(os.sep, "/") for path, _ in samples]
+    names = name_classes(classes, args.prompt, args.class_names)
     limit = min(args.limit, len(keys))
     hub = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     sampling = {"temperature": args.temperature, "top_p": args.top_p}

@@ -657,6 +657,8 @@ def preview(file: str, data: str, records: list[dict]) -> None:
             continue
         words = f"{html.escape(key)}<p dir=auto>{html.escape(caption)}"
         page.append(f'<tr><td><img src="{url}" width=256><td>{words}')
+    if len(page) == 1:
+        raise SystemExit("--preview: none of the images could be described")
     Path(file).write_text("\n".join(page), encoding="utf-8", errors="replace")
     print(f"{file}: {len(page) - 1} captions")
 

@@ -1315,6 +1315,10 @@ class Captioning(Base):
             self.assertIn(f"failed: '{self.keys[1]}': UnidentifiedImageError", printed)
         self.assertIn("&lt;b&gt; кот", page)
         self.assertEqual(list(TMP.glob("x.jsonl*")), [])
+        (TMP / "none").mkdir()
+        (TMP / "none/bad.png").write_bytes(b"nothing")
+        line = self.line("x.jsonl", f"--preview {TMP}/no.html --model template", data=TMP / "none")
+        self.refused("none of the images", line)
         self.refused("name it FILE.html", self.line("x.jsonl", f"--preview {TMP}/sheet.png"))
 
 

@@ -518,7 +518,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         raise SystemExit("interrupted") from None
     except RuntimeError as error:  # of a loading process that dies
-        if not re.search("killed by signal|shared memory|/torch_", str(error)):
+        if not re.search("killed by signal|/torch_", str(error)):
             raise
         advice = "is /dev/shm too small? docker run --shm-size=8g, or a smaller -j"
         raise SystemExit(f"{error!r:.200}: {advice}") from error

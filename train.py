@@ -1172,7 +1172,7 @@ if __name__ == "__main__":
     except OSError as error:
         raise SystemExit(f"{error.filename or 'train.py'}: {error.strerror or error}") from error
     except RuntimeError as error:  # what torch makes of a loading process that dies
-        if not re.search("killed by signal|shared memory|/torch_", str(error)):
+        if not re.search("killed by signal|/torch_", str(error)):
             raise
         advice = "is /dev/shm too small? docker run --shm-size=8g, or a smaller -j"
         raise SystemExit(f"{first_line(error)}: {advice}") from error

@@ -39,6 +39,7 @@ import types
 import unittest
 import unittest.mock
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to others
@@ -66,8 +67,7 @@ HERE = Path(__file__).resolve().parent
 # =================================================================================================
 
 SHAPES = ["circle", "square", "triangle", "cross", "star"]
-RED, GREEN, BLUE = (200, 60, 50), (70, 170, 70), (60, 90, 200)
-COLORS = {"red": RED, "green": GREEN, "blue": BLUE}
+COLORS = {"red": (200, 60, 50), "green": (70, 170, 70), "blue": (60, 90, 200)}
 COLORS |= {"yellow": (220, 200, 70), "purple": (150, 70, 170)}
 BACKGROUNDS = {"black": (30, 30, 30), "gray": (128, 128, 128)}
 BACKGROUNDS |= {"brown": (120, 85, 60), "white": (225, 225, 225)}
@@ -116,24 +116,21 @@ def draw(rng: random.Random, name: str) -> tuple[Image.Image, str]:
     return image, caption_of(color, shape, size, place, background)
 
 
-def draw_world(root: Path, per_class: int, val_per_class: int, wrong: float, classes=None) -> dict:
+def draw_world(root: Path, per_class: int, val_per_class: int, wrong: float, classes=CLASSES):
     """root/{train,val}/<class>/*.png; a share `wrong` of the training images lies in another
     class's folder. {key: true caption} of train/."""
-    rng, captions, classes = random.Random(0), {}, classes or CLASSES
-    for split, count in ("train", per_class), ("val", val_per_class):
-        jobs, mislabelled = [name for name in classes for _ in range(count)], ()
-        if split == "train":
-            mislabelled = set(rng.sample(range(len(jobs)), round(wrong * len(jobs))))
+    rng, captions = random.Random(0), {"train": {}, "val": {}}
+    for split, count, share in ("train", per_class, wrong), ("val", val_per_class, 0):
+        jobs = [name for name in classes for _ in range(count)]
+        mislabelled = set(rng.sample(range(len(jobs)), round(share * len(jobs))))
         for i, name in enumerate(jobs):
             image, caption = draw(rng, name)
             others = [other for other in classes if other != name]
-            label = rng.choice(others) if i in mislabelled else name
-            file = root / split / label / f"{i:05d}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            image.save(file)
-            if split == "train":
-                captions[f"{label}/{file.name}"] = caption
-    return captions
+            key = f"{rng.choice(others) if i in mislabelled else name}/{i:05d}.png"
+            (root / split / key).parent.mkdir(parents=True, exist_ok=True)
+            image.save(root / split / key)
+            captions[split][key] = caption
+    return captions["train"]
 
 
 IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
@@ -145,43 +142,52 @@ CHAT = (
 )
 
 
-def word_tokenizer(*extra: str, frame: str = "", **options) -> tf.PreTrainedTokenizerFast:
-    """A word, a token; `frame` puts [BOS] and [EOS] around a text."""
-    words = ["[PAD]", "[UNK]", "[BOS]", "[EOS]", "<image>", "USER", "ASSISTANT", *PROMPT.split()]
-    words += ["a", "at", "the", "on", "background", *SHAPES, *COLORS, *BACKGROUNDS, *SIZES]
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*words, *PLACES, *extra]))}
+def tokens(frame: str = "$A", words=("thing", "cat"), **special) -> tf.PreTrainedTokenizerFast:
+    """A word, a token, of the world's and of these words; `frame` puts [BOS] and [EOS] around a
+    text; `special`: image_token="<image>" and the like."""
+    torch.manual_seed(0)
+    most = ["[PAD]", "[UNK]", "[BOS]", "[EOS]", "<image>", "USER", "ASSISTANT", *PROMPT.split()]
+    most += ["a", "at", "the", "on", "background", *SHAPES, *COLORS, *BACKGROUNDS, *SIZES, *PLACES]
+    vocabulary = dict.fromkeys([*most, *words, *special.values()])
+    vocabulary = {word: i for i, word in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if frame:
-        special = [("[BOS]", 2), ("[EOS]", 3)]
-        framing = processors.TemplateProcessing(single=frame, special_tokens=special)
-        tokenizer.post_processor = framing
-    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **NAMES, **options)
+    ends = [("[BOS]", 2), ("[EOS]", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=ends)
+    options = NAMES | {"extra_special_tokens": special}
+    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
 
-def toy_tokenizer(*extra: str) -> tf.PreTrainedTokenizerFast:
-    special = {"additional_special_tokens": ["<image>"], "model_max_length": 64}
-    return word_tokenizer(*extra, **special)
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+VISION |= {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+SQUARE = {"size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
 
 
-def build_mllm(seed: int = 0, init: float = 0.02) -> tuple:
+def text(tokenizer, **more) -> dict:
+    """The configuration of a tiny language model."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "max_position_embeddings": 512}
+    return shape | IDS | {"vocab_size": len(tokenizer)} | more
+
+
+def save(folder: Path, *parts) -> None:
+    for part in parts:
+        part.save_pretrained(folder)
+
+
+def build_mllm(init: float = 0.02) -> tuple:
     """A real Llava of 0.5 M random parameters (CLIP's vision tower at 32 px, 4x4 patches, and
     Llama), and its processor, with a chat template."""
-    torch.manual_seed(seed)
-    tokenizer, width = toy_tokenizer(), 96
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    images = tf.CLIPImageProcessor(**size, image_mean=[0.5] * 3, image_std=[0.25] * 3)
-    strategy = {"vision_feature_select_strategy": "default"}
+    tokenizer = tokens(words=(), image_token="<image>")
+    images = tf.CLIPImageProcessor(**SQUARE, crop_size=SQUARE["size"])
     options = {"patch_size": 8, "num_additional_image_tokens": 1, "chat_template": CHAT}
-    processor = tf.LlavaProcessor(images, tokenizer, **strategy, **options)
-    shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 2}
-    shape |= {"num_attention_heads": 4, "initializer_range": init}
-    vision = tf.CLIPVisionConfig(**shape, image_size=32, patch_size=8)
-    shape |= {"num_key_value_heads": 4, "max_position_embeddings": 256, **IDS}
-    text = tf.LlamaConfig(vocab_size=len(tokenizer), **shape)
-    token = tokenizer.convert_tokens_to_ids("<image>")
-    options = {"image_token_index": token, "vision_feature_layer": -1, "initializer_range": init}
-    config = tf.LlavaConfig(vision_config=vision, text_config=text, **strategy, **options)
+    options["vision_feature_select_strategy"] = "default"
+    processor = tf.LlavaProcessor(images, tokenizer, **options)
+    shape = {"hidden_size": 96, "intermediate_size": 288, "initializer_range": init}
+    towers = {"vision_config": tf.CLIPVisionConfig(**VISION | shape)}
+    towers["text_config"] = tf.LlamaConfig(**text(tokenizer, **shape))
+    options = {"image_token_index": tokenizer.image_token_id, "vision_feature_layer": -1}
+    config = tf.LlavaConfig(**towers, **options, initializer_range=init)
     model = tf.LlavaForConditionalGeneration(config)
     model.generation_config.update(**IDS)
     return model, processor
@@ -196,14 +202,12 @@ def pretrain_mllm(model, processor, steps: int, batch: int = 64, lr: float = 3e-
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     prompt = processor.apply_chat_template([chat], add_generation_prompt=True, **options)
     pairs = [draw(rng, rng.choice(CLASSES)) for _ in range(12000)]
-    pixels = []
-    for i in range(0, len(pairs), 500):
-        images = [image for image, _ in pairs[i : i + 500]]
-        pixels.append(processor.image_processor(images, return_tensors="pt")["pixel_values"])
-    pixels = torch.cat(pixels)
-    words = tokenizer([f"{caption} [EOS]" for _, caption in pairs], return_tensors="pt")[
-        "input_ids"
-    ]
+    images = [image for image, _ in pairs]
+    parts = [images[i : i + 500] for i in range(0, len(images), 500)]
+    parts = [processor.image_processor(part, return_tensors="pt") for part in parts]
+    pixels = torch.cat([part["pixel_values"] for part in parts])
+    captions = [f"{caption} [EOS]" for _, caption in pairs]
+    words = tokenizer(captions, return_tensors="pt")["input_ids"]
 
     def logits_of(pick: torch.Tensor) -> torch.Tensor:
         ids = torch.cat([prompt["input_ids"].expand(len(pick), -1), words[pick]], 1)
@@ -213,7 +217,7 @@ def pretrain_mllm(model, processor, steps: int, batch: int = 64, lr: float = 3e-
 
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    generator, start = torch.Generator().manual_seed(0), time.time()
+    generator = torch.Generator().manual_seed(0)
     for step in range(1, steps + 1):
         pick = torch.randint(held_out, len(pairs), (batch,), generator=generator)
         loss = F.cross_entropy(logits_of(pick).flatten(0, 1), words[pick].flatten())
@@ -223,34 +227,31 @@ def pretrain_mllm(model, processor, steps: int, batch: int = 64, lr: float = 3e-
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
-            passed = f"loss {loss.item():.3f}, {time.time() - start:.0f} s"
-            print(f"\rtoy MLLM: step {step}/{steps}, {passed}", end="", flush=True)
+            print(f"\rtoy MLLM: step {step}/{steps}, loss {loss.item():.3f}", end="", flush=True)
     with torch.inference_mode():
         parts = torch.arange(held_out).split(100)
         exact = [(logits_of(pick).argmax(-1) == words[pick]).all(1) for pick in parts]
     return torch.cat(exact).float().mean().item()
 
 
-def save_mllm(folder: Path, steps: int = 0, **options) -> None:
-    model, processor = build_mllm(**options)
+def save_mllm(folder: Path, steps: int = 0, init: float = 0.02) -> None:
+    model, processor = build_mllm(init)
     if steps:
         exact = pretrain_mllm(model, processor, steps)
         size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         print(f"\ntoy MLLM, {size:.2f} M parameters: {exact:.1%} of captions of new images exact")
-    processor.save_pretrained(folder)
-    model.eval().save_pretrained(folder)
+    save(folder, processor, model.eval())
 
 
 def save_text_encoder(folder: Path, steps: int = 0, seed: int = 0) -> None:
     """A tiny BERT. Random, its vectors all but coincide (most words are the same in all captions);
     `steps` of SimCSE (two dropout passes over a caption are a positive pair, the other captions
     negatives) spread them. It sees random captions, no image and no label."""
+    tokenizer, rng = tokens(words=("photo", "of")), random.Random(seed)
     torch.manual_seed(seed)
-    tokenizer, rng = toy_tokenizer("photo", "of"), random.Random(seed)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
-    shape |= {"num_attention_heads": 4, "max_position_embeddings": 64, "hidden_dropout_prob": 0.1}
-    config = tf.BertConfig(vocab_size=len(tokenizer), **shape)
-    model = tf.BertModel(config, add_pooling_layer=False)
+    shape["max_position_embeddings"] = 64
+    model = tf.BertModel(tf.BertConfig(**text(tokenizer, **shape)), add_pooling_layer=False)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for _ in range(steps):
         captions = set()
@@ -261,8 +262,7 @@ def save_text_encoder(folder: Path, steps: int = 0, seed: int = 0) -> None:
         F.cross_entropy(a @ b.T / 0.05, torch.arange(len(ids))).backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save(folder, model.eval(), tokenizer)
 
 
 # =================================================================================================
@@ -274,9 +274,8 @@ def run_demo(root: Path) -> None:
     began, at = time.time(), shlex.quote(str(root))
 
     def start(line: str, **options) -> subprocess.Popen:
-        print(f"\n$ python {line}", flush=True)
-        script, *words = shlex.split(line)
-        return subprocess.Popen([sys.executable, str(HERE / script), *words], **options)
+        print(f"\n$ python {line.replace(' ', '.py ', 1)}", flush=True)
+        return subprocess.Popen(command(line), **options)
 
     def run(line: str) -> None:
         if code := start(line).wait():
@@ -287,24 +286,24 @@ def run_demo(root: Path) -> None:
         save_mllm(root / "mllm", steps=1200)
     if not (root / "encoder" / "model.safetensors").exists():
         save_text_encoder(root / "encoder", steps=300)
-    describe = f"caption.py --data {at}/data/train --model {at}/mllm --prompt '{PROMPT}'"
+    describe = f"caption --data {at}/data/train --model {at}/mllm --prompt '{PROMPT}'"
     run(f"{describe} --max-new-tokens 16 --batch-size 64 --out {at}/captions.jsonl")
-    run(f"embed.py --captions {at}/captions.jsonl --out {at}/embeddings.npy --model {at}/encoder")
-    train = f"train.py --data {at}/data --arch shufflenet_v2_x0_5 --input-size 64 --epochs 30 -b 50"
+    run(f"embed --captions {at}/captions.jsonl --out {at}/embeddings.npy --model {at}/encoder")
+    train = f"train --data {at}/data --arch shufflenet_v2_x0_5 --input-size 64 --epochs 30 -b 50"
     train += " --lr 0.1 --val-every 3 --seed 1 -j 0 --resume"
     aligned = f"--captions {at}/captions.jsonl --embeddings {at}/embeddings.npy --align-weight 2"
     aligned += " --temperature 0.1"
     lines = {"baseline": "", "aligned": aligned, "shuffled": f"{aligned} --shuffle-captions"}
-    runs, one_core = [], os.environ | {"OMP_NUM_THREADS": "1"}  # together
+    runs, together = [], os.environ | {"OMP_NUM_THREADS": "1"}
     for name, options in lines.items():
         with open(root / f"{name}.txt", "w") as log:
             line = f"{train} --out {at}/runs/{name} {options}"
-            runs.append(start(line, stdout=log, stderr=log, env=one_core))
+            runs.append(start(line, stdout=log, stderr=log, env=together))
     for name, process in zip(lines, runs, strict=True):
         if process.wait():
             raise SystemExit((root / f"{name}.txt").read_text())
     checkpoints = " ".join(f"{at}/runs/{name}/last.pt" for name in lines)
-    run(f"evaluate.py --data {at}/data/val {checkpoints}")
+    run(f"evaluate --data {at}/data/val {checkpoints}")
     draw_demo(root, list(lines)).save(root / "demo.png")
     print(f"\n{time.time() - began:.0f} s; captions and curves are drawn in {root}/demo.png")
 
@@ -346,21 +345,18 @@ MINILM = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}
 MINILM |= {"num_attention_heads": 12, "vocab_size": 30522, "max_position_embeddings": 512}
 
 
-def save_smolvlm(folder: Path, vision: dict, text: dict) -> None:
+def build_smolvlm(vision: dict, words: dict) -> tuple:
     """Random weights in the shape of a SmolVLM: captions without meaning, of full length."""
     tokenizer, size = tokens(image_token="<image>"), vision["image_size"]
     tiles = {"size": {"longest_edge": 4 * size}, "max_image_size": {"longest_edge": size}}
-    length = (size // vision["patch_size"] // 4) ** 2
     tiles = tf.Idefics3ImageProcessor(**tiles)
+    length = (size // vision["patch_size"] // 4) ** 2
     processor = tf.Idefics3Processor(tiles, tokenizer, image_seq_len=length, chat_template=CHAT)
-    text = text | {"vocab_size": max(text["vocab_size"], len(tokenizer))}  # the processor adds some
-    text = tf.LlamaConfig(**IDS | text | {"max_position_embeddings": 8192})
-    config = {"vision_config": vision, "text_config": text, "scale_factor": 4}
-    config["image_token_id"] = tokenizer.image_token_id
-    model = tf.Idefics3ForConditionalGeneration(tf.Idefics3Config(**config)).bfloat16()
-    model.generation_config.update(eos_token_id=None, pad_token_id=0)
-    for part in (model, processor):
-        part.save_pretrained(folder)
+    words = words | {"vocab_size": max(words["vocab_size"], len(tokenizer))}  # it has added some
+    words = tf.LlamaConfig(**IDS | words | {"max_position_embeddings": 8192})
+    config = {"vision_config": vision, "text_config": words, "scale_factor": 4}
+    config = tf.Idefics3Config(**config, image_token_id=tokenizer.image_token_id)
+    return tf.Idefics3ForConditionalGeneration(config), processor
 
 
 def run_gpu(images: Path, root: Path, device: str = "cuda") -> None:
@@ -380,10 +376,12 @@ def run_gpu(images: Path, root: Path, device: str = "cuda") -> None:
         words = " ".join(rng.choices([*COLORS, *SHAPES, *BACKGROUNDS], k=30))
         captions.append({"image": key, "caption": words})
     write_lines(root / "captions.jsonl", captions)
-    for part in tf.BertModel(tf.BertConfig(**MINILM if gpu else text(tokens()))), word_tokenizer():
-        part.save_pretrained(root / "encoder")
-    vision, words = (VISION_OF_SMOLVLM, TEXT_OF_SMOLVLM) if gpu else (VISION, text(tokens()))
-    save_smolvlm(root / "smolvlm", vision, words)
+    tiny = text(tokens())
+    save(root / "encoder", tf.BertModel(tf.BertConfig(**MINILM if gpu else tiny)), tokens())
+    vision, words = (VISION_OF_SMOLVLM, TEXT_OF_SMOLVLM) if gpu else (VISION, tiny)
+    model, processor = build_smolvlm(vision, words)
+    model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    save(root / "smolvlm", model.bfloat16(), processor)
     print(cuda.get_device_name() if gpu else "no GPU", torch.__version__)
     print("| what | speed | waiting for data | peak memory |\n|---|---|---|---|", flush=True)
 
@@ -415,13 +413,13 @@ def run_gpu(images: Path, root: Path, device: str = "cuda") -> None:
 
 TMP = Path(tempfile.gettempdir()) / f"gpt4image-{os.getpid()}"
 WORLD, MLLM, ENCODER = TMP / "world", TMP / "mllm", TMP / "encoder"
-CAPTIONS, EMBEDDINGS, FLAT = TMP / "captions.jsonl", TMP / "embeddings.npy", TMP / "flat"
+CAPTIONS, EMBEDDINGS, FLAT = TMP / "captions.jsonl", TMP / "captions.npy", TMP / "flat"
 PRESET = torchvision.transforms._presets.ImageClassification(crop_size=32, resize_size=37)
 
 
 # The tests are of the CPU, whatever else there is, as is what they start; but those of OnGPU.
 # A function: a Mock would remember each of its calls, which are several per image.
-NO_GPU = unittest.mock.patch("torch.accelerator.current_accelerator", lambda **_: None)
+NO_GPU = patch("torch.accelerator.current_accelerator", lambda **_: None)
 
 
 def one_core() -> dict[str, str]:
@@ -434,42 +432,20 @@ def setUpModule() -> None:
     the same images in no class folders."""
     NO_GPU.start()
     torch.set_num_threads(2)
-    TMP.mkdir()
-    captions = draw_world(WORLD, 6, 5, wrong=0, classes=CLASSES[:2] + CLASSES[-2:])
-    write_lines(CAPTIONS, [{"image": key, "caption": captions[key]} for key in sorted(captions)])
+    (FLAT / "train").mkdir(parents=True)
+    captions = sorted(draw_world(WORLD, 6, 5, wrong=0, classes=CLASSES[:2] + CLASSES[-2:]).items())
     save_mllm(MLLM, init=0.2)
     save_text_encoder(ENCODER)
-    call(f"embed --captions {CAPTIONS} --out {EMBEDDINGS} --model {ENCODER}")
-    (FLAT / "train").mkdir(parents=True)
-    for key in captions:
-        shutil.copy(WORLD / "train" / key, FLAT / "train" / key.replace("/", "-"))
-    flat = [{"image": key.replace("/", "-"), "caption": captions[key]} for key in sorted(captions)]
-    write_lines(TMP / "flat.jsonl", flat)
-    call(f"embed --captions {TMP}/flat.jsonl --out {TMP}/flat.npy --model {ENCODER}")
+    embedded("captions", [{"image": key, "caption": caption} for key, caption in captions])
+    flat = [(key.replace("/", "-"), caption) for key, caption in captions]
+    embedded("flat", [{"image": key, "caption": caption} for key, caption in flat])
+    for (key, _), (name, _) in zip(captions, flat, strict=True):
+        shutil.copy(WORLD / "train" / key, FLAT / "train" / name)
 
 
 def tearDownModule() -> None:
     NO_GPU.stop()
     shutil.rmtree(TMP)
-
-
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-VISION |= {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}
-SQUARE = {"size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
-
-
-def tokens(frame: str = "$A", **special: str) -> tf.PreTrainedTokenizerFast:
-    """A tokenizer that frames the text; `special`: image_token="<image>" and the like."""
-    torch.manual_seed(0)
-    words = "thing", "cat", *special.values()
-    return word_tokenizer(*words, frame=frame, extra_special_tokens=special)
-
-
-def text(tokenizer, **more) -> dict:
-    """The configuration of a tiny language model."""
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    shape |= {"num_attention_heads": 4, "max_position_embeddings": 512}
-    return shape | IDS | {"vocab_size": len(tokenizer)} | more
 
 
 def save_kind(kind: str, folder: Path) -> None:
@@ -479,61 +455,38 @@ def save_kind(kind: str, folder: Path) -> None:
     # the Q-Former counts characters: its lengths differ from the LLM's
     reader.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     pads = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
-    tiled, padded = tokens(image_token="<image>"), tokens(**pads)
-    square = tf.BlipImageProcessor(**SQUARE)
-    tiles = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
-    tiles = tf.Idefics3ImageProcessor(**tiles)
-    tiles = tf.Idefics3Processor(tiles, tiled, image_seq_len=4, chat_template=CHAT)  # adds tokens
+    padded, square = tokens(**pads), tf.BlipImageProcessor(**SQUARE)
     patches = {"size": {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}, "patch_size": 8}
     patches = tf.Qwen2VLImageProcessor(**patches), padded, tf.Qwen2VLVideoProcessor(patch_size=8)
-    queries = {"num_query_tokens": 4, "vision_config": VISION}
+    asked = {"num_query_tokens": 4}
+    queries = asked | {"qformer_config": text(opened, encoder_hidden_size=32)}
     queries["image_token_index"] = opened.convert_tokens_to_ids("<image>")
     opt = text(opened, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=128)
+    llama, opt = tf.LlamaConfig(**text(opened)), tf.OPTConfig(**opt)
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    rope = text(padded, num_key_value_heads=4, rope_parameters=rope)
     towers = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2}
-    kinds = {  # the class, its configuration, what is saved beside it
-        "blip": (
-            tf.BlipForConditionalGeneration,
-            {"text_config": text(closed, sep_token_id=3), "vision_config": VISION},
-            [tf.BlipProcessor(square, closed)],
-        ),
-        "blip2": (
-            tf.Blip2ForConditionalGeneration,
-            queries
-            | {"qformer_config": text(opened, encoder_hidden_size=32)}
-            | {"text_config": tf.OPTConfig(**opt)},
-            [tf.Blip2Processor(square, opened, num_query_tokens=4)],
-        ),
-        "instructblip": (
-            tf.InstructBlipForConditionalGeneration,
-            queries
-            | {"qformer_config": text(reader, encoder_hidden_size=32)}
-            | {"text_config": tf.LlamaConfig(**text(opened))},
-            [tf.InstructBlipProcessor(square, opened, reader, num_query_tokens=4)],
-        ),
-        "idefics3": (
-            tf.Idefics3ForConditionalGeneration,
-            {"vision_config": VISION, "text_config": tf.LlamaConfig(**text(tiled))}
-            | {"image_token_id": tiled.image_token_id},
-            [tiles],
-        ),
-        "qwen2_vl": (
-            tf.Qwen2VLForConditionalGeneration,
-            {"text_config": text(padded, num_key_value_heads=4, rope_parameters=rope)}
-            | {"vision_config": towers | {"patch_size": 8}}
-            | {f"{name}_id": getattr(padded, f"{name}_id") for name in pads},
-            [tf.Qwen2VLProcessor(*patches, CHAT.replace("<image>", "<|image_pad|>"))],
-        ),
+    towers = {"vision_config": towers | {"patch_size": 8}}
+    towers |= {f"{name}_id": getattr(padded, f"{name}_id") for name in pads}
+    chat = CHAT.replace("<image>", "<|image_pad|>")
+    kinds = {  # the processor, the language model, what else the configuration tells
+        "blip": (tf.BlipProcessor(square, closed), text(closed, sep_token_id=3), {}),
+        "blip-2": (tf.Blip2Processor(square, opened, **asked), opt, queries),
+        "instructblip": (tf.InstructBlipProcessor(square, opened, reader, **asked), llama, queries),
+        "qwen2_vl": (tf.Qwen2VLProcessor(*patches, chat), rope, towers),
     }
-    model, config, parts = kinds[kind]
-    model = model(model.config_class(**config))
+    if kind == "idefics3":
+        model, processor = build_smolvlm(VISION, text(opened))
+    else:
+        processor, words, more = kinds[kind]
+        config = {"text_config": words, "vision_config": VISION} | more
+        model = tf.AutoModelForImageTextToText.from_config(tf.AutoConfig.for_model(kind, **config))
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
     model.generation_config.update(**IDS)
-    for part in (model, *parts):
-        part.save_pretrained(folder)
+    save(folder, model, processor)
 
 
 def write_lines(file: Path, lines: list[dict]) -> None:
@@ -544,22 +497,13 @@ def read_lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
 
 
-def words_of(line: str, *options) -> list[str]:
-    """ "caption --data DIR", as one types it; and options that are not to be split."""
-    return [*shlex.split(line), *map(str, options)]
-
-
-def call(line: str, *options) -> str:
+def call(line: str) -> str:
     """Run a script's main() in this process (saves the seconds of importing torch); what it
     printed. SystemExit passes through, with its sentence."""
-    words, printed, errors = words_of(line, *options), io.StringIO(), io.StringIO()
+    words, printed, errors = shlex.split(line), io.StringIO(), io.StringIO()
     module = importlib.import_module(words[0])
     try:
-        with (
-            unittest.mock.patch.object(sys, "argv", words),
-            contextlib.redirect_stdout(printed),
-            contextlib.redirect_stderr(errors),
-        ):
+        with patch.multiple(sys, argv=words, stdout=printed, stderr=errors):
             module.main()
     except SystemExit as end:  # 2: argparse has printed its sentence
         sentence = errors.getvalue().splitlines()[-1] if end.code == 2 else end.code
@@ -567,8 +511,26 @@ def call(line: str, *options) -> str:
     return printed.getvalue()
 
 
-def command(line: str, *options, processes: int = 1) -> list[str]:
-    script, *words = words_of(line, *options)
+def arguments(line: str):
+    """What a script makes of its command line."""
+    words = shlex.split(line)
+    with patch.object(sys, "argv", words):
+        return importlib.import_module(words[0]).parse_args()
+
+
+def texts(name: str) -> str:
+    return f"--captions {TMP}/{name}.jsonl --embeddings {TMP}/{name}.npy"
+
+
+def embedded(name: str, lines: list[dict]) -> str:
+    """The options that name these captions, which are written and embedded."""
+    write_lines(TMP / f"{name}.jsonl", lines)
+    call(f"embed --captions {TMP}/{name}.jsonl --out {TMP}/{name}.npy --model {ENCODER}")
+    return texts(name)
+
+
+def command(line: str, processes: int = 1) -> list[str]:
+    script, *words = shlex.split(line)
     launcher = [sys.executable]
     if processes > 1:
         torchrun = "-m torch.distributed.run --standalone --nproc_per_node"
@@ -576,28 +538,32 @@ def command(line: str, *options, processes: int = 1) -> list[str]:
     return [*launcher, str(HERE / f"{script}.py"), *words]
 
 
-def shell(line: str, *options, processes: int = 1) -> str:
+def completed(words: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(words, capture_output=True, text=True, env=one_core())
+
+
+def shell(line: str, processes: int = 1) -> str:
     """Run a script as a user does; what it printed on stdout."""
-    result = subprocess.run(
-        command(line, *options, processes=processes),
-        capture_output=True,
-        text=True,
-        env=one_core(),
-    )
+    result = completed(command(line, processes))
     if result.returncode:
         raise AssertionError(f"{line} failed:\n{result.stderr[-3000:]}")
     return result.stdout
 
 
-def kill_when(ready, line: str, *options, processes: int = 1) -> None:
+def run_behind(code: str, line: str, processes: int = 1) -> subprocess.CompletedProcess:
+    """A script in processes that run the code first."""
+    words, script = command(line, processes), f"{HERE}/{line.split()[0]}.py"
+    words[words.index(script)] = f"{TMP}/behind.py"
+    first = f"import os, runpy, sys, torch\nsys.path.insert(0, {str(HERE)!r})\n{code}"
+    last = f"runpy.run_path({script!r}, run_name='__main__')"
+    (TMP / "behind.py").write_text(f"{first}\n{last}")
+    return completed(words)
+
+
+def kill_when(ready, line: str, processes: int = 1) -> None:
     """Start a script and SIGKILL it and its children as soon as `ready()`."""
-    process = subprocess.Popen(
-        command(line, *options, processes=processes),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        env=one_core(),
-    )
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "start_new_session": True}
+    process = subprocess.Popen(command(line, processes), env=one_core(), **options)
     try:
         deadline = time.time() + 120
         while not ready():
@@ -636,6 +602,11 @@ def private_memory() -> int:
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
+def write_json(file: Path, content: dict | list) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
+
+
 def lines_in(file: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
@@ -644,23 +615,19 @@ class Base(unittest.TestCase):
     def shortDescription(self) -> None:
         """Tests are listed by their names alone."""
 
-    def refused(self, pattern: str, line: str, *options) -> None:
+    def refused(self, pattern: str, line: str) -> None:
         """One clear sentence, no traceback, exit code not 0."""
-        with self.assertRaises(SystemExit) as caught:
-            call(line, *options)
-        self.assertNotIn(caught.exception.code, (0, None))
-        self.assertRegex(str(caught.exception.code), pattern)
-        self.assertNotIn("\n", str(caught.exception.code))
+        with self.assertRaisesRegex(SystemExit, pattern) as caught:
+            call(line)
+        self.assertIsInstance(caught.exception.code, str)
+        self.assertNotIn("\n", caught.exception.code)
 
-    def fills_the_disk(self, size: int, pattern: str, line: str, *options) -> None:
+    def fills_the_disk(self, size: int, pattern: str, line: str) -> None:
         """With files limited to `size` bytes once all is imported, which may write some itself: the
         sentence, no traceback, exit code 1."""
-        script, *words = words_of(line, *options)
-        code = f"import resource, runpy, sys, {script}; sys.argv[0] = {script!r};"
-        code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}));"
-        code += f"runpy.run_module({script!r}, run_name='__main__')"
-        line = [sys.executable, "-c", code, *words]
-        result = subprocess.run(line, capture_output=True, text=True, env=one_core(), cwd=HERE)
+        code = f"import resource, {line.split()[0]}\n"
+        code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
+        result = run_behind(code, line)
         self.assertEqual(result.returncode, 1)
         self.assertRegex(result.stderr.splitlines()[-1], pattern)
         self.assertNotIn("Traceback", result.stderr)
@@ -687,7 +654,9 @@ class EndToEnd(Base):
         self.assertEqual([entry["epoch"] for entry in epochs], [1, 2])
         self.assertEqual(config["config"]["text"]["model"], str(ENCODER))
         self.assertGreater(epochs[0]["loss_align"], 0)
-        top1 = self.top1_of_the_plain_model(run / "last.pt")
+        folder = torchvision.datasets.ImageFolder(WORLD / "val", PRESET)
+        hits = outputs_of(plain_model("e2e"), folder).argmax(1) == torch.tensor(folder.targets)
+        top1 = 100 * hits.float().mean().item()
         self.assertAlmostEqual(epochs[-1]["val_top1"], top1, places=4)
         evaluate = f"evaluate --data {WORLD}/val {run}-baseline/last.pt {run}/last.pt"
         table = shell(f"{evaluate} -b 7 -j 1")
@@ -696,17 +665,6 @@ class EndToEnd(Base):
         both = shell(f"{evaluate} -j 0", processes=2)  # old versions of gloo print other lines
         self.assertEqual(len(re.findall(rows, table, re.M)), 2)
         self.assertEqual(re.findall(rows, both, re.M), re.findall(rows, table, re.M))
-
-    def top1_of_the_plain_model(self, checkpoint: Path) -> float:
-        """In a loop over torchvision's data set, model and preprocessing."""
-        state = torch.load(checkpoint, weights_only=True)
-        model = torchvision.models.get_model(state["arch"], num_classes=len(state["classes"]))
-        model.load_state_dict(state["model"], strict=True)
-        folder = torchvision.datasets.ImageFolder(WORLD / "val", PRESET)
-        model.eval()
-        with torch.inference_mode():
-            hits = [model(image[None]).argmax().item() == label for image, label in folder]
-        return 100 * np.mean(hits)
 
 
 def raw_jpeg(*segments: tuple[int, bytes]) -> bytes:
@@ -742,19 +700,13 @@ class EveryScript(Base):
     def test_ranks(self):
         process_rank = self.copies("process_rank", "caption", "embed", "train", "evaluate")
         for rank, world, want in (None, None, (0, 1)), ("0", "1", (0, 1)), ("2", "4", (2, 4)):
-            given = {"RANK": rank, "WORLD_SIZE": world} if rank else {}
-            with unittest.mock.patch.dict(os.environ, given):
+            with patch.dict(os.environ, {"RANK": rank, "WORLD_SIZE": world} if rank else {}):
                 self.assertEqual(process_rank(), want)
+        describe, judge = (f"{script} --data {WORLD}" for script in ("caption", "evaluate"))
         for given in {"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}:
-            with unittest.mock.patch.dict(os.environ, given):
-                self.assertRaisesRegex(SystemExit, "start with torchrun", process_rank)
-                for script in "caption", "embed", "train", "evaluate":
-                    line = f"{script} --data {WORLD} --out x" if script != "embed" else script
-                    self.refused(
-                        "start with torchrun, or unset both",
-                        line,
-                        *["x.pt"] * (script == "evaluate"),
-                    )
+            for line in f"{describe} --out x", "embed", train_line("x"), f"{judge} x.pt":
+                with patch.dict(os.environ, given):
+                    self.refused("start with torchrun, or unset both", line)
 
     def test_lines(self):
         """What is wrong with a line is told in a sentence, by embed.py and train.py."""
@@ -775,6 +727,7 @@ class EveryScript(Base):
             file.write_bytes(good + line + b"\n")
             wrong = f"line 2.*{sentence}"
             self.assertRaisesRegex(SystemExit, wrong, lambda: list(read(str(file))))
+            self.refused(wrong, f"embed --captions {file} --out {TMP}/x.npy --model {ENCODER}")
         files = f"--captions {file} --embeddings {EMBEDDINGS}"
         self.refused("line 2", train_line("x", files, text=False))
 
@@ -789,19 +742,19 @@ class EveryScript(Base):
             ("cuda", None, 4, "cuda:3"),
             ("cuda", "cuda", 4, "cuda:3"),
             ("cuda", "cuda:1", 1, "cuda:1"),
-            (None, "cuda", 1, "torch finds no GPU"),
-            (None, "mps", 1, "torch finds no GPU"),
-            ("cuda", "mps", 1, "torch finds cuda"),
-            ("cuda", "cuda:0", 4, "several processes would share it"),
-            ("cuda", "gpu", 1, "gpu"),
+            (None, "cuda", 1, "--device cuda: torch finds no GPU"),
+            (None, "mps", 1, "--device mps: torch finds no GPU"),
+            ("cuda", "mps", 1, "--device mps: torch finds cuda"),
+            ("cuda", "cuda:0", 4, "--device cuda:0: several processes would share it"),
+            ("cuda", "gpu", 1, "--device gpu: "),
         ):
             with (
                 self.subTest(here=here, name=name),
-                unittest.mock.patch(find, return_value=here and torch.device(here)),
-                unittest.mock.patch("torch.cuda.set_device") as current,
-                unittest.mock.patch.dict(os.environ, {"LOCAL_RANK": "3"}),
+                patch(find, return_value=here and torch.device(here)),
+                patch("torch.cuda.set_device") as current,
+                patch.dict(os.environ, {"LOCAL_RANK": "3"}),
             ):
-                if not re.fullmatch(r"\w+(:\d)?", want) or name == "gpu":
+                if want.startswith("--device"):
                     self.assertRaisesRegex(SystemExit, want, choose, name, world)
                     continue
                 self.assertEqual(choose(name, world), want)
@@ -813,17 +766,15 @@ class EveryScript(Base):
         self.copies("HIDDEN", "caption", "train", "evaluate")
         list_images = self.copies("list_images", "caption", "train", "evaluate")
         flat, classes = TMP / "folders/flat", TMP / "folders/classes"
-        seen = ["1.jpg", "2.PNG"], ["cat/1.jpg", "cat/deeper/2.jpg", "dog/3.jpg"]
-        names = "._1.jpg", ".git/x.png", "__MACOSX/flat/._1.jpg", "captions.jsonl.parts/x.png"
-        for name in *seen[0], *names:
-            (flat / name).parent.mkdir(parents=True, exist_ok=True)
-            (flat / name).touch()
-        names = "cat/._1.jpg", ".ipynb_checkpoints/cat/1.jpg", "cat/.thumbnails/1.jpg", "notes.txt"
-        for name in *seen[1], *names:
-            (classes / name).parent.mkdir(parents=True, exist_ok=True)
-            (classes / name).touch()
-        self.assertEqual(list_images(f"{flat}"), ([], [(f"{flat}/{n}", -1) for n in seen[0]]))
-        want = [(f"{classes}/{n}", k) for n, k in zip(seen[1], (0, 0, 1), strict=True)]
+        seen = {flat: ["1.jpg", "2.PNG"], classes: ["cat/1.jpg", "cat/deeper/2.jpg", "dog/3.jpg"]}
+        hidden = {classes: "cat/._1.jpg .ipynb_checkpoints/cat/1.jpg cat/.thumbnails/1.jpg a.txt"}
+        hidden[flat] = "._1.jpg .git/x.png __MACOSX/flat/._1.jpg captions.jsonl.parts/x.png"
+        for folder in flat, classes:
+            for name in *seen[folder], *hidden[folder].split():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).touch()
+        self.assertEqual(list_images(f"{flat}"), ([], [(f"{flat}/{n}", -1) for n in seen[flat]]))
+        want = [(f"{classes}/{n}", k) for n, k in zip(seen[classes], (0, 0, 1), strict=True)]
         self.assertEqual(list_images(f"{classes}"), (["cat", "dog"], want))
         (classes / "loose.jpg").touch()
         sentence = r"images \(loose.jpg\) beside class folders \(cat/\)"
@@ -837,21 +788,20 @@ class EveryScript(Base):
         load = self.copies("load_image", "caption", "train", "evaluate")
         folder = TMP / "pixels"
         folder.mkdir()
-        tiff = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0" + bytes(4)
+        tiff = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0" + bytes(4)
         xmp = b'http://ns.adobe.com/xap/1.0/\0<a tiff:Orientation="6"/>'
-        ratio = b"II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\x1a\x01\x0a\0\x01\0\0\0"
-        ratio += b"\x26\0\0\0" + bytes(4) + b"\xff\xff\xff\xff" + bytes(4)  # a resolution of -1/0
-        straight = {"garbage": b"Exif\0\0garbage", "empty": b"Exif\0\0"}
-        turned = {"exif": b"Exif\0\0" + tiff, "xmp": xmp, "ratio": b"Exif\0\0" + ratio}
-        for name, content in (straight | turned).items():
-            (folder / f"{name}.jpg").write_bytes(raw_jpeg((1, content)))
-        (folder / "icc.jpg").write_bytes(raw_jpeg((2, b"ICC_PROFILE\0\x05\x02cut")))
-        plain = Image.open(io.BytesIO(raw_jpeg()))
-        for name in "garbage", "empty", "exif", "xmp", "ratio", "icc":
-            want = plain.transpose(Image.Transpose.ROTATE_270) if name in turned else plain
-            found = load(folder / f"{name}.jpg"), train.read_image(str(folder / f"{name}.jpg"))
-            np.testing.assert_array_equal(np.asarray(found[0]), np.asarray(want), name)
-            np.testing.assert_array_equal(found[1].permute(1, 2, 0), np.asarray(want), name)
+        ratio = tiff[:14] + b"\x02" + tiff[15:28] + b"\x1a\x01\x0a\0\x01\0\0\0\x26\0\0\0"
+        ratio += bytes(4) + b"\xff\xff\xff\xff" + bytes(4)  # a resolution of -1/0
+        plain, file = Image.open(io.BytesIO(raw_jpeg())), folder / "a.jpg"
+        turned = plain.transpose(Image.Transpose.ROTATE_270)
+        for number, content, want in (
+            *((1, content, turned) for content in (tiff, xmp, ratio)),
+            *((1, content, plain) for content in (b"Exif\0\0garbage", b"Exif\0\0")),
+            (2, b"ICC_PROFILE\0\x05\x02cut", plain),
+        ):
+            file.write_bytes(raw_jpeg((number, content)))
+            for found in np.asarray(load(file)), train.read_image(str(file)).permute(1, 2, 0):
+                np.testing.assert_array_equal(found, np.asarray(want), f"{content}")
         exif = Image.Exif()
         exif[0x0112] = 6
         for name, options in ("a.png", {}), ("a.webp", {"lossless": True}), ("a.tif", {}):
@@ -1018,7 +968,7 @@ class Captioning(Base):
             folder.mkdir(parents=True, exist_ok=True)
             size = (*rng.integers(24, 90, 2), 3)
             Image.fromarray(rng.integers(0, 255, size, np.uint8)).save(folder / f"{i}.png")
-        for kind in "blip", "blip2", "instructblip", "idefics3", "qwen2_vl":
+        for kind in "blip", "blip-2", "instructblip", "idefics3", "qwen2_vl":
             with self.subTest(kind):
                 save_kind(kind, TMP / kind)
                 found = []
@@ -1614,27 +1564,24 @@ def write_two_captions(file: Path, images: int) -> None:
     """Images with a long and a short caption each, of the toy world."""
     rng, lines = random.Random(0), []
     for i in range(images):
-        color, shape = rng.choice(CLASSES).split("_")
-        size, place, background = (rng.choice(list(x)) for x in (SIZES, PLACES, BACKGROUNDS))
-        long = caption_of(color, shape, size, place, background)
-        short = f"{size} {color} {shape} {place} {background}"
-        lines += [{"image": f"{i}", "caption": caption} for caption in (long, short)]
+        look = (*rng.choice(CLASSES).split("_"), *draw_look(rng))
+        captions = caption_of(*look), " ".join(look)
+        lines += [{"image": f"{i}", "caption": caption} for caption in captions]
     write_lines(file, lines)
 
 
 class Embedding(Base):
-    def embed(self, captions: Path, out: str, model: Path, *options) -> str:
-        return call("embed", "--captions", captions, "--out", TMP / out, "--model", model, *options)
+    def line(self, out: str, more: str = "") -> str:
+        return f"embed --captions {CAPTIONS} --out {TMP}/{out}.npy --model {ENCODER} {more}"
 
-    def refuses(self, pattern: str, captions: Path, model: Path, *options) -> None:
-        files = ["--captions", captions, "--out", TMP / "x.npy", "--model", model]
-        self.refused(pattern, "embed", *files, *options)
+    def refuses(self, pattern: str, more: str) -> None:
+        self.refused(pattern, self.line("x", more))
 
-    def check(self, captions: list[str], model: Path, reference, *options) -> str:
+    def check(self, captions: list[str], reference, more: str) -> str:
         """A model's rows against `reference(caption)`, one at a time; what was printed."""
-        file, options = TMP / "check.jsonl", ["--out-dtype", "float32", *options]
-        write_lines(file, [{"image": "x", "caption": caption} for caption in captions])
-        printed = self.embed(file, "check.npy", model, *options)
+        write_lines(TMP / "check.jsonl", [{"image": "x", "caption": text} for text in captions])
+        more = f"--captions {TMP}/check.jsonl --out-dtype float32 {more}"
+        printed = call(self.line("check", more))
         for caption, row in zip(captions, np.load(TMP / "check.npy"), strict=True):
             with torch.inference_mode():
                 want = F.normalize(reference(caption), dim=0).numpy()
@@ -1665,29 +1612,26 @@ class Embedding(Base):
             return siglip.get_text_features(ids(text.lower(), padding="max_length"))[1][0]
 
         captions = ["a red circle", "a", "a large red circle at the top on a black background"]
-        last = ["--prefix", "the ", "--pooling", "last"]
-        for name, model, reference, options in (
-            ("clip", clip, lambda text: clip.get_text_features(ids(text))[1][0], []),
-            ("siglip", siglip, siglips, []),
-            ("mpnet", mpnet, lambda text: mpnet(ids(text))[0][0].mean(0), []),
+        last = "--prefix 'the ' --pooling last"
+        for name, model, reference, more in (
+            ("clip", clip, lambda text: clip.get_text_features(ids(text))[1][0], ""),
+            ("siglip", siglip, siglips, ""),
+            ("mpnet", mpnet, lambda text: mpnet(ids(text))[0][0].mean(0), ""),
             ("llama", llama, lambda text: llama(ids("the " + text, 99))[0][0, -1], last),
-            ("t5", t5, lambda text: t5.get_encoder()(ids(text, 99))[0][0].mean(0), []),
+            ("t5", t5, lambda text: t5.get_encoder()(ids(text, 99))[0][0].mean(0), ""),
         ):
             with self.subTest(name):
-                for part in (model.eval(), tokenizer):
-                    part.save_pretrained(TMP / f"encoder-{name}")
-                self.check([*captions, "blue STAR"], TMP / f"encoder-{name}", reference, *options)
+                save(TMP / f"encoder-{name}", model.eval(), tokenizer)
+                more += f" --model {TMP}/encoder-{name}"
+                self.check([*captions, "blue STAR"], reference, more)
         for has, want in (True, torch.bfloat16), (False, torch.float16):
-            with unittest.mock.patch("torch.cuda.is_bf16_supported", return_value=has):
+            with patch("torch.cuda.is_bf16_supported", return_value=has):
                 self.assertEqual(embed.half_precision(training=False), want)
 
     def test_sentence_transformers_folder(self):
         """Prompt, lower case, limit, cls pooling and a Dense module, read from the files; a prompt
         that is not pooled, and older weights, from which no code is run."""
-        from safetensors.torch import save_file
-
-        folder = TMP / "sentence"
-        shutil.copytree(ENCODER, folder)
+        folder, line = shutil.copytree(ENCODER, TMP / "sentence"), f"--model {TMP}/sentence"
         kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
         modules = [{"path": path, "type": f"models.{kind}"} for path, kind in kinds.items()]
         dense = torch.nn.Linear(64, 8)
@@ -1695,18 +1639,14 @@ class Embedding(Base):
         config["activation_function"] = "torch.nn.modules.activation.Tanh"
         pooling = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
         prompts = {"prompts": {"a": "a photo of "}, "default_prompt_name": "a"}
-        files = {
-            "modules.json": modules,
-            "sentence_bert_config.json": {"max_seq_length": 6, "do_lower_case": True},
-            "config_sentence_transformers.json": prompts,
-            "1_Pooling/config.json": pooling,
-            "2_Dense/config.json": config,
-        }
-        for name, content in files.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(json.dumps(content))
+        pools, bert = folder / "1_Pooling/config.json", folder / "sentence_bert_config.json"
+        write_json(folder / "modules.json", modules)
+        write_json(bert, {"max_seq_length": 6, "do_lower_case": True})
+        write_json(folder / "config_sentence_transformers.json", prompts)
+        write_json(pools, pooling)
+        write_json(folder / "2_Dense/config.json", config)
         weights = {f"linear.{name}": value for name, value in dense.state_dict().items()}
-        save_file(weights, folder / "2_Dense/model.safetensors")
+        safetensors.torch.save_file(weights, folder / "2_Dense/model.safetensors")
         captions = ["A RED circle", "star", "a large red circle at the top", ""]
         model = tf.BertModel.from_pretrained(ENCODER, add_pooling_layer=False).eval()
         tokenizer = tf.PreTrainedTokenizerFast.from_pretrained(ENCODER)
@@ -1716,24 +1656,21 @@ class Embedding(Base):
             state = model(torch.tensor([ids])).last_hidden_state[0, min(first, len(ids) - 1)]
             return torch.tanh(dense(state))
 
-        self.check(captions, folder, reference)
+        self.check(captions, reference, line)
         (folder / "2_Dense/model.safetensors").unlink()
-        torch.save(weights, folder / "2_Dense/pytorch_model.bin")
-        without = {"pooling_mode": "cls", "include_prompt": False}
-        (folder / "1_Pooling/config.json").write_text(json.dumps(without))
-        self.check(captions, folder, functools.partial(reference, first=3))
         torch.save(weights | {"code": Base}, folder / "2_Dense/pytorch_model.bin")
-        self.refuses("UnpicklingError: Weights only", CAPTIONS, folder)
+        self.refuses("UnpicklingError: Weights only", line)
         torch.save(weights, folder / "2_Dense/pytorch_model.bin")
-        for file, pattern, change in (
-            ("1_Pooling/", "pooling max_tokens is not", {"pooling_mode_max_tokens": True}),
-            ("1_Pooling/", "cls and mean is not", pooling | {"pooling_mode_mean_tokens": True}),
-            ("sentence_bert_", "wants chat messages", {"modality_config": {"message": {}}}),
+        write_json(pools, {"pooling_mode": "cls", "include_prompt": False})
+        self.check(captions, functools.partial(reference, first=3), line)
+        for file, content, pattern in (
+            (pools, {"pooling_mode_max_tokens": True}, "pooling max_tokens is not"),
+            (pools, pooling | {"pooling_mode_mean_tokens": True}, "cls and mean is not"),
+            (bert, {"modality_config": {"message": {}}}, "wants chat messages"),
+            (folder / "modules.json", [{"path": "", "type": "models.CNN"}], "module CNN is not"),
         ):
-            (folder / f"{file}config.json").write_text(json.dumps(change))
-            self.refuses(pattern, CAPTIONS, folder)
-        (folder / "modules.json").write_text(json.dumps([{"path": "", "type": "models.CNN"}]))
-        self.refuses("module CNN is not", CAPTIONS, folder)
+            write_json(file, content)
+            self.refuses(pattern, line)
 
     def test_the_commit_of_a_hub_model(self):
         """A branch that moves is another model; the commit is what is loaded and recorded."""
@@ -1741,14 +1678,14 @@ class Embedding(Base):
         for seed, commit in enumerate(("a" * 40, "b" * 40)):
             save_text_encoder(hub / "snapshots" / commit, seed=seed)
         (hub / "refs").mkdir()
-        options = ["--captions", CAPTIONS, "--out", TMP / "hub.npy", "--model", "toy/encoder"]
         offline = {"HF_HUB_CACHE": str(TMP / "hub"), "HF_HUB_OFFLINE": "1"}
         for commit in ("a" * 40, "b" * 40):
             (hub / "refs" / "main").write_text(commit)
-            with unittest.mock.patch.dict(os.environ, offline):
-                self.assertNotIn("nothing to do", shell("embed", *options))
+            with patch.dict(os.environ, offline):
+                printed = shell(self.line("hub", "--model toy/encoder"))
+            self.assertNotIn("nothing to do", printed)
             self.assertEqual(json.loads((TMP / "hub.json").read_text())["revision"], commit)
-            self.embed(CAPTIONS, "direct.npy", hub / "snapshots" / commit)
+            call(self.line("direct", f"--model {hub}/snapshots/{commit}"))
             rows, direct = (np.load(TMP / f"{name}.npy") for name in ("hub", "direct"))
             self.assertTrue(np.array_equal(rows, direct))
 
@@ -1756,8 +1693,7 @@ class Embedding(Base):
         """A random LLM, its vectors far apart, and a tokenizer that puts BOS in front."""
         tokenizer = tokens("[BOS] $A")
         llama = tf.LlamaModel(tf.LlamaConfig(**text(tokenizer, initializer_range=0.2))).eval()
-        for part in (llama, tokenizer):
-            part.save_pretrained(TMP / name)
+        save(TMP / name, llama, tokenizer)
         return llama, tokenizer
 
     def test_llm2clip(self):
@@ -1768,55 +1704,53 @@ class Embedding(Base):
         write_lines(TMP / "llm.jsonl", [{"image": "x", "caption": text} for text in captions])
         want = []
         for caption in captions:
-            ids = [
-                *tokenizer(f"USER ASSISTANT {caption}")["input_ids"][:19],
-                tokenizer.eos_token_id,
-            ]
+            ids = tokenizer(f"USER ASSISTANT {caption}")["input_ids"][:19] + [3]  # [EOS]
             mask = torch.zeros(1, 1, len(ids), len(ids))  # is added to the attention's logits
             with torch.inference_mode():
                 states = llama(torch.tensor([ids]), attention_mask=mask).last_hidden_state[0]
             want.append(F.normalize(states[3:].mean(0), dim=0).numpy())
 
-        def cosines(*options) -> np.ndarray:
-            frame = ["--prefix", "USER ASSISTANT ", "--suffix", " [EOS]", "--no-pool-prefix"]
-            frame += ["--max-length", 20, "--out-dtype", "float32"]
-            self.embed(TMP / "llm.jsonl", "llm.npy", TMP / "llm", *frame, *options)
+        def cosines(more: str) -> np.ndarray:
+            frame = "--prefix 'USER ASSISTANT ' --suffix ' [EOS]' --no-pool-prefix --max-length 20"
+            frame += f" --captions {TMP}/llm.jsonl --model {TMP}/llm --out-dtype float32"
+            call(self.line("llm", f"{frame} {more}"))
             return (np.load(TMP / "llm.npy") * np.stack(want)).sum(1)
 
-        for size in ("--batch-tokens=1", "--batch-tokens=1000"):  # unpadded and padded
-            self.assertGreater(cosines("--bidirectional", size).min(), 0.99999)
+        for size in "--batch-tokens 1", "--batch-tokens 1000":  # unpadded and padded
+            self.assertGreater(cosines(f"--bidirectional {size}").min(), 0.99999)
             self.assertLess(cosines(size).max(), 0.999)
         llama.config.is_causal = False
         llama.save_pretrained(TMP / "llm")
-        self.assertGreater(cosines().min(), 0.99999)
+        self.assertGreater(cosines("").min(), 0.99999)
         identity = {"bidirectional": True, "unpooled": 3, "suffix": " [EOS]"}
         self.assertLessEqual(identity.items(), json.loads((TMP / "llm.json").read_text()).items())
-        self.refuses("no effect", CAPTIONS, ENCODER, "--bidirectional")
-        self.refuses("there is no prefix", CAPTIONS, ENCODER, "--no-pool-prefix")
-        self.refuses("4 tokens leave none", CAPTIONS, ENCODER, "--max-length=4", "--prefix=a a a a")
+        self.refuses("no effect", "--bidirectional")
+        self.refuses("there is no prefix", "--no-pool-prefix")
+        self.refuses("4 tokens leave none", "--max-length 4 --prefix 'a a a a'")
 
     def test_caption_contrastive_tuning(self):
         """Recall rises, and the tuned folder says all that is to be known of it."""
-        pairs = TMP / "pairs.jsonl"
-        write_two_captions(pairs, 300)
+        pairs = f"--captions {TMP}/pairs.jsonl"
+        write_two_captions(TMP / "pairs.jsonl", 300)
         save_text_encoder(TMP / "bert", seed=1)
         self.save_llama("llama")
-        options = ["--tune-epochs", 6, "--tune-batch", 32, "--tune-lr", 0.003, "--pooling", "mean"]
-        frame = ["--prefix", "USER ", "--suffix", " [EOS]", "--no-pool-prefix", "--bidirectional"]
+        frame = "--prefix 'USER ' --suffix ' [EOS]' --no-pool-prefix --bidirectional"
         saved = {"prefix": "USER ", "suffix": " [EOS]", "unpooled": 2, "bidirectional": True}
-        for model, rank, more in ("bert", 0, []), ("bert", 4, []), ("llama", 4, frame):
+        for model, rank, more in ("bert", 0, ""), ("bert", 4, ""), ("llama", 4, frame):
             with self.subTest(model, rank=rank):
-                tuned = [*more, "--tuned-out", TMP / f"tuned-{rank}", "--lora-rank", rank]
-                printed = self.embed(pairs, f"tuned-{rank}.npy", TMP / model, *options, *tuned)
+                more += f" --tune-epochs 6 --tune-batch 32 --tune-lr 0.003 --lora-rank {rank}"
+                more += f" --pooling mean --model {TMP}/{model} --tuned-out {TMP}/tuned-{rank}"
+                printed = call(self.line(f"tuned-{rank}", f"{pairs} {more}"))
                 found = re.search(r"([\d.]+) % before, ([\d.]+) % after", printed)
                 before, after = map(float, found.groups())
                 self.assertGreater(after, before + 10)
-                self.embed(pairs, f"again-{rank}.npy", TMP / f"tuned-{rank}")
-                again, first = (TMP / f"{name}-{rank}.npy" for name in ("again", "tuned"))
+                call(self.line("again", f"{pairs} --model {TMP}/tuned-{rank}"))
+                again, first = (TMP / f"{name}.npy" for name in ("again", f"tuned-{rank}"))
                 self.assertEqual(again.read_bytes(), first.read_bytes())
-        self.assertLessEqual(saved.items(), json.loads((TMP / "again-4.json").read_text()).items())
+        self.assertLessEqual(saved.items(), json.loads((TMP / "again.json").read_text()).items())
         write_lines(TMP / "single.jsonl", [{"image": f"{i}", "caption": "a"} for i in range(100)])
-        self.refuses("0 of 100 images have them", TMP / "single.jsonl", ENCODER, "--tune-epochs", 1)
+        one = f"--captions {TMP}/single.jsonl --tune-epochs 1"
+        self.refuses("0 of 100 images have them", one)
 
     def test_lora_and_contrastive_loss(self):
         import embed
@@ -1826,8 +1760,8 @@ class Embedding(Base):
         want, v = 0.0, vectors.double().numpy()
         for i in range(6):
             partner = (i + 3) % 6
-            others = [partner]
-            others += [j for j in range(6) if texts[j] not in (texts[i], texts[partner])]
+            own = texts[i], texts[partner]
+            others = [partner, *(j for j in range(6) if texts[j] not in own)]
             want += math.log(sum(math.exp(v[i] @ v[j] / 0.05) for j in others))
             want -= v[i] @ v[partner] / 0.05
         loss = embed.caption_contrastive_loss(vectors, texts)
@@ -1856,69 +1790,57 @@ class Embedding(Base):
 
         captions = ["a red circle", "", "a", "star " * 200, "ünknown 漢字"]
         captions += ["a large red circle at the top on a black background", " a red circle\n"]
-        printed = self.check(captions, ENCODER, reference, "--batch-tokens", 30)
+        printed = self.check(captions, reference, "--batch-tokens 30")
         self.assertIn("1 captions were cut at 64 tokens", printed)
         (lines_of,) = embed.lines_of_captions(TMP / "check.jsonl")
         self.assertEqual(list(lines_of.values()), [[0, 6], [1], [2], [3], [4], [5]])
 
     def test_killed_and_restarted(self):
-        file, rng = TMP / "long.jsonl", random.Random(0)
-        words = list(COLORS) + SHAPES
+        rng, words = random.Random(0), [*COLORS, *SHAPES]
         captions = [" ".join(rng.choices(words, k=rng.randint(1, 50))) for _ in range(20000)]
-        write_lines(file, [{"image": "x", "caption": caption} for caption in captions])
-        self.embed(file, "whole.npy", ENCODER, "--batch-tokens", 500)
-        done, out = TMP / "killed.npy.tmp.done", TMP / "killed.npy"
-        options = ["--captions", file, "--out", out, "--model", ENCODER, "--batch-tokens", 500]
-        kill_when(lambda: done.exists() and any(done.read_bytes()), "embed", *options)
+        write_lines(TMP / "long.jsonl", [{"image": "x", "caption": text} for text in captions])
+        more = f"--captions {TMP}/long.jsonl --batch-tokens 500"
+        call(self.line("whole", more))
+        done, out, line = TMP / "killed.npy.tmp.done", TMP / "killed.npy", self.line("killed", more)
+        kill_when(lambda: done.exists() and any(done.read_bytes()), line)
         self.assertFalse(out.exists())
         self.assertFalse(all(done.read_bytes()))
         rows = np.lib.format.open_memmap(TMP / "killed.npy.tmp", "r+")
         finished = int(np.flatnonzero(rows.any(1))[0])
         rows[finished] *= -1  # a mark: what was done is not done again
         del rows
-        shell("embed", *options, processes=2)
+        shell(line, processes=2)
         found, want = np.load(out), np.load(TMP / "whole.npy")
         self.assertTrue(np.array_equal(found[finished], -want[finished]))
         found[finished] *= -1
         self.assertTrue(np.array_equal(found, want))
-        self.assertIn("nothing to do", call("embed", *options))
+        self.assertIn("nothing to do", call(line))
         self.assertEqual(list(TMP.glob("killed.npy.tmp*")), [])
 
     def test_killed_while_the_rows_get_their_name(self):
         """Or their description. What is done stays done, if with smaller batches."""
-        file, replace = TMP / "ten.jsonl", os.replace
-        write_lines(file, [{"image": "x", "caption": f"a {word}"} for word in [*COLORS, *SHAPES]])
+        replace, ten = os.replace, [f"a {word}" for word in [*COLORS, *SHAPES]]
+        write_lines(TMP / "ten.jsonl", [{"image": "x", "caption": caption} for caption in ten])
         for last in TMP / "between.npy", TMP / "before.json":
-            out = last.with_suffix(".npy")
+            out, line = (
+                last.with_suffix(".npy"),
+                self.line(last.stem, f"--captions {TMP}/ten.jsonl"),
+            )
 
             def killed(source: str, destination: str, last=str(last)) -> None:
                 if destination == last:
                     raise KeyboardInterrupt
                 replace(source, destination)
 
-            with unittest.mock.patch("os.replace", killed), self.assertRaises(KeyboardInterrupt):
-                self.embed(file, out.name, ENCODER)
+            with patch("os.replace", killed), self.assertRaises(KeyboardInterrupt):
+                call(line)
             rows = np.lib.format.open_memmap(f"{out}.tmp", "r+")
             done = np.memmap(f"{out}.tmp.done", np.uint8, "r+")
             rows[::2] *= -1  # a mark
             want, rows[1::2], done[1::2] = rows.copy(), 0, 0
             del rows, done
-            self.embed(file, out.name, ENCODER, "--batch-tokens", 6)
+            call(f"{line} --batch-tokens 6")
             np.testing.assert_allclose(np.load(out).astype(float), want.astype(float), atol=1e-3)
-
-    def test_lines_that_are_wrong(self):
-        bad, good = TMP / "bad.jsonl", '{"image": "a", "caption": "b"}'
-        for line, pattern in (
-            ('{"image": "a"}', '"caption" is missing'),
-            ('{"image": "a", "caption": ["b"]}', r'"caption" is \["b"\], not a string'),
-            ('{"image": "a", "caption": null}', '"caption" is null'),
-            ('{"image": 3, "caption": "b"}', '"image" is 3'),
-            ('["a", "b"]', "is no JSON object"),
-            ('{"image": ', "is not JSON in UTF-8"),
-            ("\ufeff" + good, "is not JSON in UTF-8: Unexpected UTF-8 BOM"),
-        ):
-            bad.write_text(f"{good}\n{line}\n")
-            self.refuses(f"line 2:?.* {pattern}", bad, ENCODER)
 
     def test_models_that_are_not_whole(self):
         pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
@@ -1930,27 +1852,24 @@ class Embedding(Base):
         ):
             shutil.copytree(ENCODER, TMP / "parts", dirs_exist_ok=True)
             (TMP / "parts" / name).write_text(content)
-            self.refuses(pattern, CAPTIONS, TMP / "parts")
+            self.refuses(pattern, f"--model {TMP}/parts")
         shutil.copytree(ENCODER, TMP / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
-        self.refuses("its tokenizer knows no words", CAPTIONS, TMP / "mute")
+        self.refuses("its tokenizer knows no words", f"--model {TMP}/mute")
 
     def test_refusals(self):
-        bad = TMP / "bad.jsonl"
-        nodes = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
-        with unittest.mock.patch.dict(os.environ, nodes):
-            self.refuses("on one machine", CAPTIONS, ENCODER)
-        self.refuses("No such file", TMP / "nowhere.jsonl", ENCODER)
-        self.refuses("no such folder", CAPTIONS, TMP / "nowhere")
-        self.refuses("cannot load", CAPTIONS, TMP)
-        bad.write_text("")
-        self.refuses("is empty", bad, ENCODER)
-        with unittest.mock.patch("embed.AutoTokenizer.from_pretrained", side_effect=OSError):
-            self.refuses("cannot load it: OSError", CAPTIONS, ENCODER)  # an error without a text
+        with patch.dict(os.environ, {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}):
+            self.refuses("on one machine", "")
+        self.refuses("No such file", f"--captions {TMP}/nowhere.jsonl")
+        self.refuses("no such folder", f"--model {TMP}/nowhere")
+        self.refuses("cannot load", f"--model {TMP}")
+        (TMP / "bad.jsonl").write_text("")
+        self.refuses("is empty", f"--captions {TMP}/bad.jsonl")
+        with patch("embed.AutoTokenizer.from_pretrained", side_effect=OSError):
+            self.refuses("cannot load it: OSError", "")  # an error without a text
 
     def test_full_disk(self):
         """Before there are rows, nothing can be gone on with."""
-        options = ["--captions", CAPTIONS, "--out", TMP / "full.npy", "--model", ENCODER]
-        self.fills_the_disk(200, "^OSError: .*File too large$", "embed", *options)
+        self.fills_the_disk(200, "^OSError: .*File too large$", self.line("full"))
 
 
 def loop_loss(kind: str, images, texts, has: list[bool], temperature: float) -> float:
@@ -2112,21 +2031,28 @@ def weights_of(run: str) -> dict[str, torch.Tensor]:
     return saved(run)["model"]
 
 
+def plain_model(run: str) -> torch.nn.Module:
+    """What torchvision builds, with the run's weights."""
+    state = saved(run)
+    outputs = len(state["classes"]) or 64
+    kwargs = state["rebuild"]["kwargs"]
+    model = torchvision.models.get_model(state["arch"], num_classes=outputs, **kwargs)
+    model.load_state_dict(state["model"], strict=True)
+    return model.eval()
+
+
+@torch.inference_mode()
+def outputs_of(model: torch.nn.Module, samples) -> torch.Tensor:
+    """Of the images in (image, label) pairs, one at a time."""
+    return torch.cat([model(image[None]) for image, _ in samples])
+
+
 TEXT_TOWER = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
 TEXT_TOWER |= {"intermediate_size": 32, "vocab_size": 50, "max_position_embeddings": 8}
 
 
 def same_weights(a: str, b: str, rtol: float = 0, atol: float = 0) -> None:
     torch.testing.assert_close(weights_of(a), weights_of(b), rtol=rtol, atol=atol)
-
-
-def run_behind(code: str, line: str, processes: int = 1) -> subprocess.CompletedProcess:
-    """train.py in processes that run the code first."""
-    script = str(HERE / "train.py")
-    run = f"runpy.run_path({script!r}, run_name='__main__')"
-    (TMP / "behind.py").write_text(f"import os, runpy, sys, torch\n{code}\n{run}")
-    words = [x.replace(script, f"{TMP}/behind.py") for x in command(line, processes=processes)]
-    return subprocess.run(words, capture_output=True, text=True, env=one_core())
 
 
 def judge(run: str) -> str:
@@ -2164,7 +2090,7 @@ class Training(Base):
         rgb.convert("L").save(folder / "grey.JPG")
         names += ["a PNG.jpg", "plain.jpeg", "grey.JPG"]
         for decoder in train.decode_jpeg, None:
-            with unittest.mock.patch.object(train, "decode_jpeg", decoder):
+            with patch.object(train, "decode_jpeg", decoder):
                 for name in names:
                     want = np.asarray(caption.load_image(os.path.join(folder, name)))
                     found = train.read_image(os.path.join(folder, name)).permute(1, 2, 0)
@@ -2205,7 +2131,7 @@ class Training(Base):
         log = TMP / "resumed" / "log.jsonl"
         kill_when(lambda: lines_in(log) >= 3, train_line("resumed", more))
         again = train_line("resumed", f"{more} -j 0")
-        with unittest.mock.patch("train.build_model", side_effect=AssertionError):
+        with patch("train.build_model", side_effect=AssertionError):
             self.refused("last.pt exists: go on with --resume", again)
         shell(train_line("resumed", f"{more} --resume"))
         shell(train_line("straight", f"{more} --resume"))  # nothing to resume: starts
@@ -2311,7 +2237,7 @@ class Training(Base):
         self.assertEqual(set(first) & {"loss_ce", "loss_align", "train_top1"}, {"loss_align"})
         model = torchvision.models.squeezenet1_1(num_classes=64)
         model.load_state_dict(weights_of("free"), strict=True)
-        stop = unittest.mock.patch("train.report_unreadable", side_effect=[0, 0, KeyboardInterrupt])
+        stop = patch("train.report_unreadable", side_effect=[0, 0, KeyboardInterrupt])
         with stop, self.assertRaises(KeyboardInterrupt):
             call(flat_line("stopped", "--epochs 3"))
         call(flat_line("stopped", "--epochs 3 --resume"))
@@ -2418,9 +2344,7 @@ class Training(Base):
         optimiser without a rate of the recipe wants --lr."""
 
         def rates(more: str) -> list[float]:
-            words = words_of(f"train --data d --out {TMP}/none --device cpu {more}")
-            with unittest.mock.patch.object(sys, "argv", words):
-                args = train.parse_args()
+            args = arguments(f"train --data d --out {TMP}/none --device cpu {more}")
             return [train.learning_rate(args, epoch) for epoch in range(args.epochs)]
 
         for lr in 1e-5, 3e-6, 0.1:
@@ -2453,14 +2377,13 @@ class Training(Base):
 
     def test_cores_of_a_laptop(self):
         """Eight cores without a GPU: two load images, six compute."""
-        cores = unittest.mock.patch("train.CPUS", 8)
-        stop = unittest.mock.patch("train.list_data", side_effect=SystemExit)
+        cores = patch("train.CPUS", 8)
+        stop = patch("train.list_data", side_effect=SystemExit)
         line = train_line("x").replace("-j 0", "")
         environment = {name: x for name, x in os.environ.items() if name != "OMP_NUM_THREADS"}
         threads = torch.get_num_threads()
-        with cores, stop, unittest.mock.patch.dict(os.environ, environment, clear=True):
-            with unittest.mock.patch.object(sys, "argv", words_of(line)):
-                self.assertEqual(train.parse_args().workers, 2)
+        with cores, stop, patch.dict(os.environ, environment, clear=True):
+            self.assertEqual(arguments(line).workers, 2)
             self.assertRaises(SystemExit, call, line)
         found = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -2481,8 +2404,8 @@ class Training(Base):
         file = TMP / "decoded.jpg"
         file.write_bytes(raw_jpeg())
         want = train.read_image(str(file))
-        for broken in None, unittest.mock.Mock(side_effect=KeyError("nvjpeg")):
-            with unittest.mock.patch.object(train, "decode_jpeg", broken):
+        for broken in None, Mock(side_effect=KeyError("nvjpeg")):
+            with patch.object(train, "decode_jpeg", broken):
                 torch.testing.assert_close(train.read_image(str(file)), want, atol=0, rtol=0)
 
     def test_memory_of_workers(self):
@@ -2622,8 +2545,8 @@ class Training(Base):
 
     def test_what_is_not_validated_is_not_saved(self):
         saved = []
-        save = unittest.mock.patch("torch.save", lambda state, _: saved.append(state["epoch"]))
-        with save, unittest.mock.patch("os.replace"):
+        save = patch("torch.save", lambda state, _: saved.append(state["epoch"]))
+        with save, patch("os.replace"):
             call(train_line("sparse", "--epochs 5 --val-every 2"))
         self.assertEqual(saved, [2, 4, 5])
 
@@ -2676,11 +2599,11 @@ class Training(Base):
         sentence = "no valid file for the classes empty"
         self.assertRaisesRegex(FileNotFoundError, sentence, call, line(data=TMP / "void"))
         np.save(TMP / "vector.npy", np.zeros(7, np.float32))
-        shutil.copy(TMP / "embeddings.json", TMP / "vector.json")
+        shutil.copy(EMBEDDINGS.with_suffix(".json"), TMP / "vector.json")
         self.refused("run embed.py again", line(f"--embeddings {TMP}/vector.npy"))
         sentence = "not finite in the 50 steps up to step 3 of epoch 1: loss (nan|inf)"
         self.refused(sentence, line("--lr 1e30 --epochs 2"))
-        training = unittest.mock.patch("train.train_epoch", side_effect=AssertionError)
+        training = patch("train.train_epoch", side_effect=AssertionError)
         with training, self.assertRaises(FileExistsError):
             call(train_line(CAPTIONS.name))
         self.refused("does nothing without a contr", line("--align-loss cosine --temperature 1"))
@@ -2745,7 +2668,7 @@ class Pretraining(Base):
                 torch.testing.assert_close(right * seen, images * seen)
                 self.assertGreater(((right - images) * ~seen).abs().mean(), 0.01)
                 perfect = self.perfect(model, images, normalised)
-                with unittest.mock.patch.object(model, "forward", perfect):
+                with patch.object(model, "forward", perfect):
                     left, _, right = train.reconstruct(model, images).split(64, dim=3)
                 torch.testing.assert_close(right, left, atol=1e-3, rtol=0)
 
@@ -2769,7 +2692,7 @@ class Pretraining(Base):
         return predict
 
     def test_resumed_and_in_two_processes(self):
-        stop = unittest.mock.patch("train.report_unreadable", side_effect=[0, KeyboardInterrupt])
+        stop = patch("train.report_unreadable", side_effect=[0, KeyboardInterrupt])
         with stop, self.assertRaises(KeyboardInterrupt):
             call(mae_line("mae-stopped"))
         call(mae_line("mae-stopped", "--resume"))
@@ -3036,7 +2959,7 @@ class Evaluation(Base):
         model = torchvision.models.squeezenet1_1()
         preset = torchvision.models.SqueezeNet1_1_Weights.DEFAULT.transforms()
         # the published weights are not to be had offline
-        with unittest.mock.patch("torchvision.models.get_model", lambda *_, **__: model):
+        with patch("torchvision.models.get_model", lambda *_, **__: model):
             printed = self.evaluate(f"--data {numeric} squeezenet1_1")
             self.assertIn("SqueezeNet1_1_Weights.IMAGENET1K_V1 | 20 |", printed)
             # ImageNet's folders, of which all but one are empty here, name those of a subset beside
@@ -3070,7 +2993,7 @@ class Evaluation(Base):
         model, seen = torchvision.models.squeezenet1_1(), []
         model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         preset = torchvision.models.SqueezeNet1_1_Weights.DEFAULT.transforms()
-        with unittest.mock.patch("torchvision.models.get_model", lambda *_, **__: model):
+        with patch("torchvision.models.get_model", lambda *_, **__: model):
             self.evaluate(f"--data {TMP}/odd squeezenet1_1")
         deep = Image.fromarray(gray.astype(np.uint8)).convert("RGB")
         expected = torch.stack([preset(deep), preset(upright)])
@@ -3087,10 +3010,8 @@ class Evaluation(Base):
 
     def test_cores(self):
         """Those of the process's affinity."""
-        words = ["evaluate", "--data", ".", "resnet18"]
-        cores = unittest.mock.patch("os.sched_getaffinity", lambda _: {0, 5, 7}, create=True)
-        with cores, unittest.mock.patch.object(sys, "argv", words):
-            self.assertEqual(evaluate.parse_args().workers, 3)
+        with patch("os.sched_getaffinity", lambda _: {0, 5, 7}, create=True):
+            self.assertEqual(arguments("evaluate --data . resnet18").workers, 3)
 
     def test_refusals(self):
         torch.save({"model": Base}, TMP / "code.pt")
@@ -3195,7 +3116,7 @@ class OnGPU(Base):
     def test_resume(self):
         more = "--amp off --epochs 2"
         self.train("gpu-straight", self.device, more)
-        stop = unittest.mock.patch("train.report_unreadable", side_effect=[0, 0, KeyboardInterrupt])
+        stop = patch("train.report_unreadable", side_effect=[0, 0, KeyboardInterrupt])
         with stop, self.assertRaises(KeyboardInterrupt):
             self.train("gpu-stopped", self.device, more)
         self.train("gpu-stopped", self.device, f"{more} --resume")
@@ -3217,7 +3138,7 @@ class OnGPU(Base):
                 torch.empty(10**15, device=self.device)
             return generate(describer, inputs, **changes)
 
-        with unittest.mock.patch.object(Describer, "generate", greedy):
+        with patch.object(Describer, "generate", greedy):
             captions = self.caption("gpu-memory", self.device, "float32")
         self.assertEqual(len(captions), 24)
         self.assertGreater(max(sizes), 3)

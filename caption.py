@@ -13,10 +13,10 @@ Launch:
     python caption.py --data imagenet/train --preview captions.html      # look at twelve first
 
 Kill it at any moment and run the same line again: it goes on where it stopped. Each process appends
-a line per finished batch (always the same images of the folder's order) to a file of its own in
-FILE.jsonl.parts/; whoever finds all batches there merges them. So greedy `generate` gives the same
-file on any number of processes of the same hardware. The parts stay, for --retry-failed and a
-larger --limit. GPT4Image (arXiv 2306.00693), "describe".
+its batches (always the same images of the folder's order) to a file of its own in FILE.jsonl.parts/
+and whoever finds all batches there merges them. So greedy `generate` gives the same file on any
+number of processes of the same hardware. The parts stay, for --retry-failed and a larger --limit.
+GPT4Image (arXiv 2306.00693), "describe".
 """
 
 import argparse
@@ -60,7 +60,6 @@ SETTINGS = ["model", "revision", "dtype", "prompt", "max_new_tokens", "batch_siz
 SETTINGS += ["num_captions", "temperature", "top_p", "seed", "max_side", "extra_body"]
 BLACK = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQAAAACCEkxzAAAAD0lEQVR42m"
 BLACK += "NgGAWjgHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"  # 64 x 64 pixels
-Answers = Iterator[list[list[str] | str]]  # of a batch's questions: captions, or why there are none
 
 
 def parse_args() -> argparse.Namespace:
@@ -92,36 +91,18 @@ def parse_args() -> argparse.Namespace:
     add("--extra-body", type=json.loads, default={}, metavar="JSON", help=body)
     add("--revision", default="main", help="branch, tag or commit of a hub model (%(default)s)")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
-    add("--limit", type=int, help="describe only the first N images of the folder's order")
+    add("--limit", type=int, default=sys.maxsize, help="only the folder's first N images")
     add("--retry-failed", action="store_true", help="do the batches again in which images failed")
     add("--shard", default="0/1", help="I/N: part I (from 0) of N; torchrun splits a part further")
     add("--preview", metavar="FILE.html", help="show twelve random images with captions, and stop")
     args = p.parse_args()
     args.prompt = args.prompt or [PROMPT]
-    check(p, args)
-    if not isinstance(args.extra_body, dict):
-        p.error('--extra-body: expected a JSON object, {"max_completion_tokens": 128} for one')
-    if not args.server and args.extra_body.keys() - {"chat_template_kwargs"}:
-        p.error("--extra-body: without --server only chat_template_kwargs has an effect")
-    if not (args.preview or ".html").endswith(".html"):
-        p.error("--preview writes a page: name it FILE.html")
-    sampling = {"temperature": args.temperature, "top_p": args.top_p}
-    args.fields = {"model": args.model, "n": args.num_captions, "seed": args.seed} | sampling
-    args.fields |= {"max_tokens": args.max_new_tokens} | args.extra_body
-    args.generation = {"max_new_tokens": args.max_new_tokens, "num_beams": 1}
-    args.generation |= {"num_return_sequences": args.num_captions, "do_sample": False}
-    args.generation |= sampling | {"do_sample": True, "top_k": 0} if args.temperature else {}
-    return args
-
-
-def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if unknown := set(re.findall(r"{\w*}", " ".join(args.prompt))) - {"{class}"}:
         p.error(f"--prompt: {unknown} is not known, only {{class}} is")
-    counts = [args.batch_size, args.max_new_tokens, args.num_captions, args.concurrency, args.limit]
-    if min(1 if count is None else count for count in counts) < 1:
-        p.error("numbers of images, tokens, captions and requests start at 1")
-    if min(args.workers, args.max_side, args.patience, args.temperature) < 0:
-        p.error("-j, --max-side, --patience and --temperature start at 0")
+    counts = args.max_new_tokens, args.num_captions, args.concurrency, args.limit
+    others = args.workers, args.max_side, args.patience, args.temperature
+    if min(*counts, args.batch_size or 1) < 1 or min(others) < 0:
+        p.error("numbers of images, tokens, captions and requests start at 1, others at 0")
     if args.model == "template" and args.prompt == [PROMPT]:
         p.error('--model template needs a --prompt, "a photo of a {class}" for one')
     if args.num_captions > 1 and args.temperature == 0:
@@ -131,6 +112,13 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     part = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     if not part or int(part[1]) >= int(part[2]):
         p.error(f"--shard {args.shard}: expected I/N with 0 <= I < N")
+    if not isinstance(args.extra_body, dict):
+        p.error('--extra-body: expected a JSON object, {"max_completion_tokens": 128} for one')
+    if not args.server and args.extra_body.keys() - {"chat_template_kwargs"}:
+        p.error("--extra-body: without --server only chat_template_kwargs has an effect")
+    if not (args.preview or ".html").endswith(".html"):
+        p.error("--preview writes a page: name it FILE.html")
+    return args
 
 
 def process_rank() -> tuple[int, int]:
@@ -183,15 +171,6 @@ def list_images(folder: str, allow_empty: bool = False) -> tuple[list[str], list
     return classes, make_dataset(folder, index, None, is_image, allow_empty)
 
 
-def list_keys(data: str) -> list[str]:
-    """Keys (POSIX paths relative to `data`) of all images, in order."""
-    with in_a_sentence(f"--data {data}"):
-        classes, samples = list_images(data)
-    if {"train", "val"} <= set(classes):
-        raise SystemExit(f"--data {data}: did you mean {os.path.join(data, 'train')}?")
-    return [os.path.relpath(path, data).replace(os.sep, "/") for path, _ in samples]
-
-
 def read_names(file: str) -> dict[str, str]:
     """{class folder: name}, of synonyms the first: of JSON {folder: name or names}, or of lines
     with a tab, else white space, behind the folder."""
@@ -200,31 +179,28 @@ def read_names(file: str) -> dict[str, str]:
         pairs = json.loads(text).items()
     else:
         lines = [line.strip() for line in text.splitlines()]
-        parts = [line.partition("\t" if "\t" in line else " ") for line in lines]
-        pairs = [(folder, name) for folder, _, name in parts]
+        pairs = [line.partition("\t" if "\t" in line else " ")[::2] for line in lines]
     names = {folder: name[0] if isinstance(name, list) else name for folder, name in pairs}
     return {folder.strip(): name.split(",")[0].strip() for folder, name in names.items()}
 
 
-def name_classes(keys: list[str], prompts: list[str], file: str | None) -> dict[str, str]:
+def name_classes(folders: list[str], prompts: list[str], file: str | None) -> dict[str, str]:
     """{class folder: name}, if a prompt asks for it: of the file, of ImageNet or of the folder."""
     if not any("{class}" in prompt for prompt in prompts):
         return {}
-    folders = sorted({key.split("/")[0] for key in keys if "/" in key})
     if not folders:
         raise SystemExit("{class}: the images of --data are not in class folders")
-    if file:
-        with in_a_sentence(f"--class-names {file}"):
+    with in_a_sentence(f"--class-names {file}" if file else "{class}: pass --class-names"):
+        names = {}
+        if file:
             names = read_names(file)
+        elif not all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
+            names = {folder: folder.replace("_", " ") for folder in folders}
+        elif len(folders) == 1000:  # those of ImageNet
+            names = dict(zip(folders, ResNet50_Weights.DEFAULT.meta["categories"], strict=True))
         if missing := [folder for folder in folders if not names.get(folder)]:
-            what = f"no name for {len(missing)} class folders, as {missing[0]}"
-            raise SystemExit(f"--class-names {file}: {what}")
-        return {folder: names[folder] for folder in folders}
-    if not all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
-        return {folder: folder.replace("_", " ") for folder in folders}
-    if len(folders) != 1000:
-        raise SystemExit("{class}: only all 1000 ImageNet folders have names: pass --class-names")
-    return dict(zip(folders, ResNet50_Weights.DEFAULT.meta["categories"], strict=True))
+            raise ValueError(f"no name for {len(missing)} class folders, as {missing[0]}")
+    return {folder: names[folder] for folder in folders}
 
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # a comment costs no image
@@ -281,15 +257,12 @@ def clean(texts: list[str]) -> list[str] | str:
     return captions
 
 
-NOT_FINITE = "the model's scores are not finite: another --dtype may help"
-
-
 def load_model(name: str, *, device: str = "cpu", dtype: str = "auto", **options) -> tuple:
     """Model and processor. SystemExit where weights are missing, as they would be random."""
-    strict = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    kind = transformers.AutoModelForImageTextToText
     with in_a_sentence(f"--model {name}: cannot load it"):
-        model, info = kind.from_pretrained(name, dtype=dtype, **strict, **options)
+        model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
         processor = transformers.AutoProcessor.from_pretrained(name, **options)
         model.eval().to(device)
     if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
@@ -301,16 +274,13 @@ def load_model(name: str, *, device: str = "cpu", dtype: str = "auto", **options
 
 
 class Watch(transformers.LogitsProcessor):
-    """Notes each row's largest score, which is NaN if one is; sampling would end with an error."""
+    """Notes which rows have had finite scores so far, and replaces those that sampling refuses."""
 
-    def __init__(self, sampling: bool):
-        self.sampling, self.largest = sampling, []
+    finite, failed = True, "the model's scores are not finite: another --dtype may help"
 
     def __call__(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.largest.append(scores.amax(-1))
-        if self.sampling:
-            scores = scores.masked_fill(~self.largest[-1].isfinite()[:, None], 0.0)
-        return scores
+        self.finite &= scores.amax(-1).isfinite()  # of the largest, which is NaN if one is
+        return scores.masked_fill(~self.finite[:, None], 0.0)
 
 
 @dataclasses.dataclass
@@ -350,8 +320,8 @@ class Describer:
         for prompt in prompts:
             with in_a_sentence(f"--model cannot take {prompt!r}"):
                 inputs = self.encode(images, [prompt] * 2)
-                if self.generate(inputs, max_new_tokens=2) == [NOT_FINITE] * 2:
-                    raise ValueError(NOT_FINITE)
+                if self.generate(inputs, max_new_tokens=2) == [Watch.failed] * 2:
+                    raise ValueError(Watch.failed)
                 if image_token is not None and image_token not in inputs["input_ids"]:
                     raise ValueError("its processor puts no image into the prompt")
             self.image_bytes += sum(x.nbytes for x in inputs.values()) // len(images)
@@ -378,7 +348,7 @@ class Describer:
     @torch.inference_mode()
     def generate(self, inputs: dict, **changes) -> list[list[str] | str]:
         """For each row of encode()'s inputs its captions, or why there are none."""
-        watch = Watch(self.generation.get("do_sample", False))
+        watch = Watch()
         inputs = transformers.BatchFeature(inputs).to(self.model.device, non_blocking=True)
         prompt = inputs["input_ids"].repeat_interleave(self.each, 0)  # BLIP changes it
         options = self.generation | changes
@@ -391,29 +361,27 @@ class Describer:
         self.cut += len(ends) - int(ends.sum())
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         found = [clean(texts[i : i + self.each]) for i in range(0, len(texts), self.each)]
-        sound = torch.stack(watch.largest).isfinite().all(0).view(-1, self.each).all(1).tolist()
-        return [one if ok else NOT_FINITE for one, ok in zip(found, sound, strict=True)]
+        finite = watch.finite.view(-1, self.each).all(1).tolist()
+        return [one if ok else Watch.failed for one, ok in zip(found, finite, strict=True)]
 
     def read(self, pairs: list[tuple[str, str]]) -> list[tuple[list, dict | str]]:
-        """[(some of the (image file, text) pairs, generate()'s inputs for them or why there are
-        none)]; in a worker."""
-        images, groups, requests = {}, collections.defaultdict(list), []
-        for path, text in pairs:
+        """[(some of the (image file, text) pairs, generate()'s inputs or, for one, why there are
+        none)]; in a worker. Pairs of which one fails are halved until that one is alone."""
+        same = [pair for pair in pairs if self.chat or pair[1] == pairs[0][1]]
+        if len(same) < len(pairs):  # a model without a chat template takes one text at a time
+            return self.read(same) + self.read([pair for pair in pairs if pair not in same])
+        if len(pairs) <= self.room:
             try:
-                if path not in images:
-                    images[path] = load_image(path)
-                    images[path].thumbnail((self.max_side, self.max_side))
-                groups["" if self.chat else text].append((path, text))
-            except Exception as error:  # whatever a decoder raises, it costs this image only
-                requests.append(([(path, text)], first_line(error)))
-        size = int(self.room)
-        for some in [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]:
-            try:
-                inputs = self.encode([images[path] for path, _ in some], [text for _, text in some])
-            except Exception as error:  # one of them is too odd (1 x 4000 pixels, say)
-                inputs = first_line(error)
-            requests.append((some, inputs))
-        return requests
+                images = {path: load_image(path) for path in dict(pairs)}
+                for image in images.values():
+                    image.thumbnail((self.max_side, self.max_side))
+                texts = [text for _, text in pairs]
+                return [(pairs, self.encode([images[path] for path, _ in pairs], texts))]
+            except Exception as error:  # of any kind: no file, a decoder's, too odd for the model
+                if len(pairs) == 1:
+                    return [(pairs, first_line(error))]
+        half = (len(pairs) + 1) // 2
+        return self.read(pairs[:half]) + self.read(pairs[half:])
 
     def describe(self, pairs: list[tuple[str, str]], requests=None) -> dict[tuple, list[str] | str]:
         """{(image file, text): captions, or why there are none}; `requests` is what read() made of
@@ -421,33 +389,30 @@ class Describer:
         halved until that image is alone."""
         found, requests = {}, requests or self.read(pairs)
         while requests:
-            some, results = requests.pop()
+            some, inputs = requests.pop()
             some = [tuple(pair) for pair in some]  # of which torch 2.9's pin_memory makes lists
-            if not isinstance(results, str):
-                try:
-                    results = self.generate(results)
-                except Exception as error:
-                    results = first_line(error)
-            if not isinstance(results, str):
-                found |= dict(zip(some, results, strict=True))
-                continue
-            full = re.search("OutOfMemory|out of memory|allocate memory|ALLOC_FAILED", results)
-            if re.search("(CUDA|HIP) error", results) and not full:
-                raise SystemExit(f"{results}: the GPU is lost to this process; start it again")
+            error = ""
+            try:
+                results = [inputs] if isinstance(inputs, str) else self.generate(inputs)
+            except Exception as failure:
+                error = first_line(failure)
+            full = re.search("OutOfMemory|out of memory|allocate memory|ALLOC_FAILED", error)
+            if re.search("(CUDA|HIP) error", error) and not full:
+                raise SystemExit(f"{error}: the GPU is lost to this process; start it again")
             half = (len(some) + 1) // 2
-            if len(some) > 1:
+            if error and len(some) > 1:
                 torch.accelerator.empty_cache()
                 if full:  # for the rest of the run
                     self.room.clamp_(max=half)
                 requests += self.read(some[:half]) + self.read(some[half:])
-            else:
-                found[some[0]] = results
-                if full:  # it would fit nowhere, which says nothing of the others
-                    self.room.fill_(self.batch_size)
+                continue
+            if full:  # it would fit nowhere, which says nothing of the others
+                self.room.fill_(self.batch_size)
+            found |= dict(zip(some, [error] if error else results, strict=True))
         return found
 
 
-def ask_model(describer: Describer, questions: list, workers: int, seed: int) -> Answers:
+def ask_model(describer: Describer, questions: list, workers: int, seed: int) -> Iterator[list]:
     """describe() of each batch of questions. What waits for the model takes at most about 4 GB."""
     room = int(4e9 // (describer.image_bytes * describer.batch_size))
     workers = min(workers, max(1, room))
@@ -483,15 +448,7 @@ def data_url(path: str, side: int) -> str:
 
 
 WAIT, TIMEOUT = 0.25, 300.0  # seconds: before a server is asked again (it doubles), for an answer
-
-
-class AnyStatus(urllib.request.HTTPErrorProcessor):
-    """An answer is an answer: errors do not raise, redirections are not followed."""
-
-    def http_response(self, request, response):
-        return response
-
-    https_response = http_response
+AWAY = ConnectionRefusedError, socket.gaierror, TimeoutError
 
 
 @dataclasses.dataclass
@@ -511,17 +468,16 @@ class Server:
 
     def __post_init__(self):
         self.url = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        absent = {"max_tokens"} if "max_completion_tokens" in self.fields else set()
-        absent |= {name for name, value in self.fields.items() if value is None}
-        self.fields = {name: self.fields[name] for name in self.fields.keys() - absent}
-        context = urllib.request.HTTPSHandler(context=ssl.create_default_context())
-        self.opener = urllib.request.build_opener(AnyStatus, context)
-        self.heard, self.lock, self.cut = time.monotonic(), threading.Lock(), 0
+        https = urllib.request.HTTPSHandler(context=ssl.create_default_context())
+        self.opener = urllib.request.OpenerDirector()  # no error raises, no redirection is followed
+        for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler(), https):
+            self.opener.add_handler(handler)
+        self.lock, self.cut = threading.Lock(), 0
 
     def describe(self, image: str, text: str) -> list[str] | str:
         """Captions of an image, a file or a data URL, or why there are none. Only a server that is
-        busy or breaks off is asked again. Raises ConnectionError where other images would fare no
-        better: the key, the model or the address is wrong, or the server is away for too long."""
+        busy, breaks off or is away is asked again. Raises ConnectionError where other images would
+        fare no better: the key, the model or the address is wrong, or it is away for too long."""
         try:
             image = image if image.startswith("data:") else data_url(image, self.max_side)
         except Exception as error:  # whatever a decoder raises, it costs this image only
@@ -529,41 +485,37 @@ class Server:
         content = [{"type": "image_url", "image_url": {"url": image}}]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
         body = json.dumps(self.fields | {"messages": messages}).encode()
-        for times in range(1, 9):
-            status, said, after = self.post(body)
-            result = self.captions(said) if status == 200 else f"{status} {said}"
+        times, heard = 0, time.monotonic()
+        while True:
+            status, said, pause = self.post(body)
+            result = self.captions(said) if status == 200 else f"{status or ''} {said}"
             if isinstance(result, list):
-                break
+                return result
             result = " ".join(result.split()).replace(self.key, "***")[:300]
-            if status in (401, 404):
+            if status in (401, 404) or (not status and time.monotonic() - heard > self.patience):
                 raise ConnectionError(result)
-            if times == 8 or not (status in (408, 429) or status >= 500):
-                break
-            pause = max(after, WAIT * 2**times * random.uniform(0.75, 1))
+            if status:
+                times, heard = times + 1, time.monotonic()
+                if times == 8 or not (status in (408, 429) or status >= 500):
+                    return result
+                pause = max(pause, WAIT * 2**times * random.uniform(0.75, 1))
             self.tell(f"asking again in {pause:.0f} s: {result}")
             time.sleep(pause)
-        return result
 
     def post(self, body: bytes) -> tuple[int, str, float]:
-        """Status, content and Retry-After (seconds) of the answer; 503 if it broke off. A server
-        that is away is waited for."""
+        """Status, content and Retry-After (seconds) of the answer; status 0 if the server is away,
+        503 if it breaks off."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         request = urllib.request.Request(self.url, body, headers | {"User-Agent": "caption.py"})
-        while True:
-            try:
-                with self.opener.open(request, timeout=TIMEOUT) as answer:
-                    said = answer.read().decode(errors="replace")
-                break
-            except (OSError, http.client.HTTPException) as error:
-                reason = getattr(error, "reason", error)  # a URLError has one: nothing was sent
-                away = ConnectionRefusedError, socket.gaierror, TimeoutError
-                if reason is error or not isinstance(reason, away):
-                    return 503, f"no answer, {first_line(reason)}", 0
-                if time.monotonic() - self.heard > self.patience:
-                    raise ConnectionError(first_line(reason)) from error
-                self.tell(f"asking again in 2 s: no connection, {first_line(reason)}")
-                time.sleep(2)
-        self.heard, retry, after = time.monotonic(), answer.headers["Retry-After"] or "0", 0
+        try:
+            with self.opener.open(request, timeout=TIMEOUT) as answer:
+                said = answer.read().decode(errors="replace")
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)  # a URLError has one: nothing was sent
+            if isinstance(reason, AWAY) and reason is not error:
+                return 0, f"no connection, {first_line(reason)}", 2
+            return 503, f"no answer, {first_line(reason)}", 0
+        retry, after = answer.headers["Retry-After"] or "0", 0
         with contextlib.suppress(ValueError):
             date = 0 if retry.isdecimal() else parsedate_to_datetime(retry).timestamp()
             after = min(date - time.time() if date else int(retry), 3600)
@@ -571,27 +523,24 @@ class Server:
 
     def captions(self, said: str) -> list[str] | str:
         """Those in an answer with status 200, or why there are none."""
-        count = self.fields.get("n", 1)
         try:
-            choices = json.loads(said)["choices"][:count]
+            answer = json.loads(said)["choices"]
+            choices = [answer[i] for i in range(self.fields.get("n", 1))]
             found = clean([choice["message"]["content"] or "" for choice in choices])
             ends = [choice.get("finish_reason") for choice in choices]
         except Exception as error:  # of many kinds, as what may stand there
-            return f"no caption, {first_line(error)}: {said}"
-        if isinstance(found, str):
-            return f"{found}: {said}"
-        if "content_filter" in ends or len(found) < count:
-            return f"no caption: {said}"
+            found, ends = first_line(error), []
+        if isinstance(found, str) or "content_filter" in ends:
+            return f"no caption, {found}: {said}"
         with self.lock:
             self.cut += ends.count("length")
         return found
 
 
-def ask_server(server: Server, questions: list, concurrency: int, prompt: str) -> Answers:
+def ask_server(server: Server, questions: list, concurrency: int, prompt: str) -> Iterator[list]:
     """server.describe() of each batch of questions; `concurrency` of them are under way."""
     waiting, ahead = collections.deque(), 2 * concurrency // len(questions[0]) + 2
-    told = in_a_sentence(f"--server {server.url}")  # what would come again for each image
-    with told, ThreadPool(concurrency) as pool:  # its threads are daemons: they delay no end
+    with in_a_sentence(f"--server {server.url}"), ThreadPool(concurrency) as pool:
         first = pool.apply(server.describe, (BLACK, prompt.replace("{class}", "")))
         if isinstance(first, str):
             raise ConnectionError(first)
@@ -644,10 +593,8 @@ class Parts:
                 new.rename(self.folder)
             except OSError:  # another process was faster
                 shutil.rmtree(new)
-        try:
+        with in_a_sentence(f"{self.folder} is not of this version, move it away"):
             begun = json.loads((self.folder / "settings.json").read_bytes())
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"{self.folder} is not of this version: move it away") from error
         for key, value in self.settings.items():
             if begun.get(key) != value:
                 what = f"{self.folder} was begun with {key} {begun.get(key)!r}, not {value!r}"
@@ -702,18 +649,14 @@ def preview(file: str, data: str, records: list[dict]) -> None:
     """A page that shows the captions beside the images, which are in it."""
     page = ["<!doctype html><meta charset=utf-8><title>Captions</title><table>"]
     for record in records:
-        key, error = record["image"], record.get("error")
+        key = record["image"]
         try:
-            url = data_url(os.path.join(data, key), 512)
-        except Exception as unreadable:  # a template asks no model that would have failed
-            error = error or first_line(unreadable)
-        if error:
-            print(f"failed: {key!r}: {error}")
+            url, caption = data_url(os.path.join(data, key), 512), record["caption"]
+        except Exception as unreadable:  # as a template's image may be; or there is no caption
+            print(f"failed: {key!r}: {record.get('error', first_line(unreadable))}")
             continue
-        words = f"{html.escape(key)}<p dir=auto>{html.escape(record['caption'])}"
+        words = f"{html.escape(key)}<p dir=auto>{html.escape(caption)}"
         page.append(f'<tr><td><img src="{url}" width=256><td>{words}')
-    if len(page) == 1:
-        raise SystemExit("--preview: none of the images could be described")
     Path(file).write_text("\n".join(page), encoding="utf-8", errors="replace")
     print(f"{file}: {len(page) - 1} captions")
 
@@ -723,19 +666,18 @@ def run(parts: Parts, batches: list, mine: list, retry: bool, ask: Callable, qui
     found = parts.scan()
     todo = [b for b in mine if b not in found or (retry and found[b][0])]
     if todo:
-        start, captions, failed, total = time.perf_counter(), 0, 0, sum(map(len, mine))
+        start, count, total = time.perf_counter(), collections.Counter(), sum(map(len, mine))
         before = total - sum(map(len, todo))
         with tqdm(total=total, initial=before, unit="image", smoothing=0.05, disable=quiet) as bar:
             source, answers = ask(todo, bar.set_postfix_str)
             for batch, records in zip(todo, answers, strict=True):
                 parts.write(batch, records)
-                captions += sum("caption" in record for record in records)
-                failed += sum("error" in record for record in records)
-                bar.set_postfix(failed=failed, refresh=False)
+                count.update("error" if "error" in record else "caption" for record in records)
+                bar.set_postfix(failed=count["error"], refresh=False)
                 bar.update(len(batch))
         seconds, cut = time.perf_counter() - start, getattr(source, "cut", 0)
-        rate = f"in {seconds:.1f} s, {captions / seconds:.2f} captions/s"
-        print(f"this run: {captions} captions ({cut} cut short) {rate}")
+        rate = f"in {seconds:.1f} s, {count['caption'] / seconds:.2f} captions/s"
+        print(f"this run: {count['caption']} captions ({cut} cut short) {rate}")
         found = parts.scan()
     done = sum(batch in found for batch in batches)
     if done == len(batches):
@@ -750,10 +692,15 @@ def main() -> None:
     device = choose_device(args.device, world)
     size = args.batch_size = args.batch_size or (16 if device == "cpu" else 64)
     side = args.max_side or sys.maxsize
-    keys = list_keys(args.data)
-    names = name_classes(keys, args.prompt, args.class_names)
-    limit = min(args.limit or len(keys), len(keys))
+    with in_a_sentence(f"--data {args.data}"):
+        classes, samples = list_images(args.data)
+    if {"train", "val"} <= set(classes):
+        raise SystemExit(f"--data {args.data}: did you mean {os.path.join(args.data, 'train')}?")
+    keys = [os.path.relpath(path, args.data).replace(os.sep, "/") for path, _ in samples]
+    names = name_classes(classes, args.prompt, args.class_names)
+    limit = min(args.limit, len(keys))
     hub = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    sampling = {"temperature": args.temperature, "top_p": args.top_p}
 
     def question(key: str, prompt: str) -> tuple[str, str]:
         name = names.get(key.split("/")[0], "")
@@ -766,15 +713,21 @@ def main() -> None:
         if args.model == "template":
             answers = ([[text] for _, text in pairs] for pairs in questions)
         elif args.server:
+            fields = {"model": args.model, "n": args.num_captions, "seed": args.seed}
+            fields |= {"max_tokens": args.max_new_tokens} | sampling | args.extra_body
+            if "max_completion_tokens" in fields:  # the newer name: some servers refuse both
+                del fields["max_tokens"]
+            fields = {name: value for name, value in fields.items() if value is not None}
             key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
-            source = Server(
-                args.server, args.fields, key=key, max_side=side, patience=args.patience, tell=tell
-            )
+            source = Server(args.server, fields, key, side, args.patience, tell)
             answers = ask_server(source, questions, args.concurrency, args.prompt[0])
         else:
+            options = {"max_new_tokens": args.max_new_tokens, "num_beams": 1}
+            options |= {"num_return_sequences": args.num_captions, "do_sample": False}
+            options |= sampling | {"do_sample": True, "top_k": 0} if args.temperature else {}
             loaded = load_model(args.model, device=device, dtype=args.dtype, **hub)
             template = args.extra_body.get("chat_template_kwargs", {})
-            source = Describer(*loaded, template, args.generation, batch_size=size, max_side=side)
+            source = Describer(*loaded, template, options, size, side)
             source.probe(args.prompt)
             answers = ask_model(source, questions, args.workers, args.seed)
         both = zip(images, answers, strict=True)

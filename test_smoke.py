@@ -614,11 +614,8 @@ class EveryScript(Base):
         run = TMP / "e2e"
         describe = f"caption --data {WORLD}/train --out {run}.jsonl --model {MLLM}"
         shell(f"{describe} --prompt '{PROMPT}' --max-new-tokens 6 --batch-size 5 -j 2")
-        keys = sorted(str(p.relative_to(WORLD / "train")) for p in (WORLD / "train").rglob("*.png"))
-        lines = read_lines(Path(f"{run}.jsonl"))
-        self.assertEqual([line["image"] for line in lines], keys)
-        captions = {line["caption"] for line in lines}
-        self.assertGreater(len(captions), 1, "the captions do not depend on the image")
+        self.assertEqual(column("e2e", "image"), column("captions", "image"))
+        self.assertGreater(len(set(column("e2e"))), 1, "the captions do not depend on the image")
         shell(f"embed --captions {run}.jsonl --out {run}.npy --model {ENCODER}")
         rows = np.load(f"{run}.npy", mmap_mode="r")
         self.assertEqual((rows.shape, rows.dtype), ((24, 64), np.float16))
@@ -1425,7 +1422,7 @@ class Readme(Base):
         blocks = re.findall(r"```python\n(.*?)```", self.section("Captions from elsewhere"), re.S)
         self.assertEqual(len(blocks), 3, "the authors' .pth, COCO's json, a csv")
         self.assertLessEqual(max(block.count("\n") for block in blocks), 8)
-        root, keys = TMP / "elsewhere", [line["image"] for line in read_lines(CAPTIONS)]
+        root, keys = TMP / "elsewhere", column("captions", "image")
         shutil.copytree(WORLD / "train", root / "imagenet/train")
         shutil.copytree(FLAT / "train", root / "coco/train")
         texts = [f'text {i},\u2028 "quoted"' for i in range(len(keys))]
@@ -1919,7 +1916,8 @@ def train_line(out: str, more: str = "", text: bool = True, data: Path = WORLD) 
     """train.py's command line: two epochs of a SqueezeNet at 32 pixels."""
     line = f"train --data {data} --out {TMP / out} --arch squeezenet1_1 --input-size 32"
     line += " --epochs 2 -b 8 --lr 0.01 -j 0 --device cpu"
-    return f"{line} {texts('captions') + ' --align-weight 1' if text else ''} {more}"
+    aligned = f"{texts('captions')} --align-weight 1" if text else ""
+    return f"{line} {aligned} {more}"
 
 
 def flat_line(out: str, more: str = "") -> str:
@@ -2151,8 +2149,7 @@ class Training(Base):
         edited = [first | {"caption": "other"}, *rest]
         for changed in edited, [first, *rest][::-1], [first, *rest, first]:
             write_lines(TMP / "changed.jsonl", changed)
-            line = train_line("x", f"--captions {TMP}/changed.jsonl")
-            self.refused("run embed.py again", line)
+            self.refused("run embed.py again", train_line("x", f"--captions {TMP}/changed.jsonl"))
 
     def test_missing_captions_and_bad_images(self):
         world, lines = shutil.copytree(WORLD, TMP / "holes"), read_lines(CAPTIONS)
@@ -2194,8 +2191,8 @@ class Training(Base):
             self.assertTrue(any(close), key)
 
     def test_shuffled_captions(self):
-        keys = [line["image"] for line in read_lines(CAPTIONS)]
-        files, seeds = (CAPTIONS, str(EMBEDDINGS), keys), (None, 1, 1, 2)
+        files = CAPTIONS, str(EMBEDDINGS), column("captions", "image")
+        seeds = None, 1, 1, 2
         straight, one, same, two = (train.Captions(*files, seed).rows.tolist() for seed in seeds)
         self.assertEqual(straight, list(range(24)))
         self.assertEqual((one, sorted(one)), (same, straight))
@@ -2215,8 +2212,7 @@ class Training(Base):
             self.assertLess(found[-1], 0.3 * lr)
         self.assertEqual(rates("--recipe finetune --epochs 1"), [0.01])
         self.assertEqual(rates("--recipe deit --epochs 2 -b 512")[1], 5e-4)
-        texts = "--captions c --embeddings e"
-        self.assertEqual(rates(f"--recipe llm2clip -b 8 {texts}")[0], 1e-5)
+        self.assertEqual(rates("--recipe llm2clip -b 8 --captions c --embeddings e")[0], 1e-5)
         self.assertEqual(rates("--lr 1 --min-lr 0.5 --epochs 3")[0], 1)
         line = train_line("x", "--optimizer adamw").replace("--lr 0.01", "")
         self.refused("no rate for --optimizer adamw: pass --lr", line)
@@ -2299,12 +2295,9 @@ class Training(Base):
         optimizer = train.make_optimizer(net, args, None)
         group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in clip.named_parameters():
-            group, spared = (
-                group_of[parameter],
-                re.search("norm|bias|position|class_embedding", name),
-            )
-            self.assertEqual(group["scale"], scales[name])
-            self.assertEqual(group["weight_decay"], 0 if spared else 0.05, name)
+            decay = 0 if re.search("norm|bias|position|class_embedding", name) else 0.05
+            found = {key: group_of[parameter][key] for key in ("scale", "weight_decay")}
+            self.assertEqual(found, {"scale": scales[name], "weight_decay": decay}, name)
         self.assertEqual(group_of[net.log_temperature]["scale"], 1)
         self.assertEqual(optimizer.defaults["betas"], (0.9, 0.95))
         self.refused("no transformer blocks", train_line("x", "--layer-decay 0.5"))
@@ -2672,9 +2665,8 @@ class Evaluation(Base):
         model.fc = torch.nn.Sequential(first, torch.nn.BatchNorm1d(128), torch.nn.ReLU(), last)
         model.fc.load_state_dict(saved("normed")["projection"])
         features = F.normalize(outputs_of(model.eval(), folder), dim=1)
-        order = [line["image"] for line in read_lines(TMP / "random.jsonl")]
         paths = [Path(path).relative_to(WORLD / "val").as_posix() for path, _ in folder.samples]
-        self.assertEqual(order, paths)
+        self.assertEqual(column("random", "image"), paths)
         found = self.results(f"{self.val} {TMP}/normed/last.pt {text} -b 7")[0]["text"]
         self.same_measures(found, recall(features.numpy() @ rows.T, np.arange(20)))
 
@@ -2687,7 +2679,7 @@ class Evaluation(Base):
         describe = f"caption --data {images} --out {text} -j 0"
         self.refused("not in class folders", f"{describe} --model template --prompt 'a {{class}}'")
         call(f"{describe} --model {MLLM} --prompt '{PROMPT}' --max-new-tokens 6")
-        keys = [line["image"] for line in read_lines(text)]
+        keys = column("unlabelled", "image")
         self.assertEqual(keys, sorted(set(os.listdir(images)) - {"cut.jpg"}))
         files = embedded("unlabelled", read_lines(text))
         rows = torch.randn(len(keys), 64, generator=torch.Generator().manual_seed(0))
@@ -2802,8 +2794,8 @@ class OnGPU(Base):
 
     def caption(self, out: str, device: str, dtype: str) -> list[str]:
         more = f"--batch-size 16 --device {device} --dtype {dtype}"
-        call(caption_line(f"{out}", more))
-        return column(f"{out}")
+        call(caption_line(out, more))
+        return column(out)
 
     def embed(self, out: str, device: str, dtype: str) -> np.ndarray:
         line = f"embed --captions {CAPTIONS} --out {TMP}/{out}.npy --model {ENCODER}"

@@ -2720,7 +2720,7 @@ class Evaluation(Base):
             for i in range(1000):
                 (TMP / "synsets" / f"n{i:08d}").mkdir(parents=True, exist_ok=True)
             image = self.preset(Image.open(next((WORLD / "val/red_circle").iterdir())))
-            fifth = model.eval()(image[None]).topk(5).indices[0, 4].item()  # its class, but once
+            fifth = outputs_of(model.eval(), [(image, 0)]).topk(5).indices[0, 4].item()
             for root, i in ("synsets", 0), ("some-synsets", fifth), ("some-synsets", 3):
                 folder = TMP / root / f"n{i:08d}"
                 shutil.copytree(WORLD / "val/red_circle", folder, dirs_exist_ok=True)

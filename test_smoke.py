@@ -2062,6 +2062,15 @@ class Training(Base):
             for value in weights_of(amp).values():
                 self.assertTrue(value.dtype == torch.float32 and value.isfinite().all())
         self.assertIn("scale", saved("float16")["scaler"])
+        forward, seen = train.Aligned.forward, set()
+
+        def look(net, *inputs):
+            seen.add((net.training, torch.is_autocast_enabled("cpu")))
+            return forward(net, *inputs)
+
+        with patch.object(train.Aligned, "forward", look):
+            call(train_line("looked-at", "--amp bfloat16 --epochs 1"))
+        self.assertEqual(seen, {(True, True), (False, True)})
 
     def test_architectures(self):
         """A folder of the same name hides none."""
@@ -2304,6 +2313,10 @@ class Training(Base):
             self.assertEqual(found, {"scale": scales[name], "weight_decay": decay}, name)
         self.assertEqual(group_of[net.log_temperature]["scale"], 1)
         self.assertEqual(optimizer.defaults["betas"], (0.9, 0.95))
+        tf.ViTConfig(**VISION).save_pretrained(TMP / "decayed")
+        call(train_line("decayed", f"--arch {TMP}/decayed --layer-decay 0.5 --epochs 1 --lr 0.1"))
+        rates = {group["lr"] for group in saved("decayed")["optimizer"]["param_groups"]}
+        self.assertEqual(rates, {0.1 * 0.5**n for n in range(4)})
         self.refused("no transformer blocks", train_line("x", "--layer-decay 0.5"))
 
     def test_tower_of_clip(self):
@@ -2436,6 +2449,11 @@ class Pretraining(Base):
         self.assertEqual(set(epochs[0]) & {"loss_ce", "loss_align", "train_top1"}, set())
         width, height = Image.open(TMP / "mae/reconstruction.png").size
         self.assertTrue(width > 3 * 64 and height > 8 * 64)
+        sample, transform = [("", 0)], lambda image: image
+        images = train.Images(sample, 64, lambda _: torch.zeros(3, 64, 64), transform, noise=4)
+        first, again, other = (images[0, seed][2].tolist() for seed in (1, 1, 2))
+        self.assertEqual(first, again)
+        self.assertEqual(len({*first, *other}), 8, "each draw hides other parts")
 
     def test_reconstruction(self):
         """Left the image; in the middle hidden patches are grey, the others as they are; right the

@@ -142,9 +142,9 @@ def hiera(seed: int) -> Iterator[str]:
         )
     run += "/few --epochs 120 -b 50 --warmup-epochs 5 --val-every 1000"
     yield f"{run} --lr 3e-4 --out runs/hiera-alone-{seed}"
-    for start in "mae", "text":
-        init = f"--init runs/hiera-{start}-{1 if seed == 3 else seed}/last.pt"
-        yield f"{run} --lr 1e-3 {init} --out runs/hiera-from-{start}-{seed}"
+    for start, rate in ("mae", "1e-3"), ("text", "3e-4"):
+        init = f"--lr {rate} --init runs/hiera-{start}-{1 if seed == 3 else seed}/last.pt"
+        yield f"{run} {init} --out runs/hiera-from-{start}-{seed}"
 
 
 if __name__ == "__main__":

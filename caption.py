@@ -65,7 +65,7 @@ BLACK += "NgGAWjgHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"  # 64 x 64 pixels
 def parse_args() -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=form)
-    add = p.add_argument
+    p.usage, add = "%(prog)s --data DIR [options; --help lists them]", p.add_argument
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = max(1, min(4, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     dtypes = ["auto", "float32", "bfloat16", "float16"]
@@ -190,7 +190,8 @@ def name_classes(folders: list[str], prompts: list[str], file: str | None) -> di
         return {}
     if not folders:
         raise SystemExit("{class}: the images of --data are not in class folders")
-    with in_a_sentence(f"--class-names {file}" if file else "{class}: pass --class-names"):
+    wanted = "{class}: pass --class-names FILE, of lines 'folder<TAB>name'"
+    with in_a_sentence(f"--class-names {file}" if file else wanted):
         names = {}
         if file:
             names = read_names(file)
@@ -293,7 +294,7 @@ class Describer:
     model: transformers.PreTrainedModel
     processor: transformers.ProcessorMixin
     template: dict = dataclasses.field(default_factory=dict)  # what the chat template takes
-    generation: dict = dataclasses.field(default_factory=dict)  # what model.generate() takes
+    generation: dict = dataclasses.field(default_factory=lambda: {"max_new_tokens": 128})
     batch_size: int = 16
     max_side: int = 1024  # pixels
 

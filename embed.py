@@ -57,7 +57,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
-    add = p.add_argument
+    p.usage, add = "%(prog)s [options; --help lists them]", p.add_argument
     add("--captions", default="captions.jsonl", help="what caption.py wrote")
     add("--out", default="embeddings.npy", help="the rows; a .json beside them says of what")
     add("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="hub id or folder")

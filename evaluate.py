@@ -70,6 +70,7 @@ def choose_device(name: str | None, world: int) -> str:
 def parse_args() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=raw)
+    p.usage = "%(prog)s CHECKPOINT ... --data DIR [options; --help lists them]"
     add = p.add_argument
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

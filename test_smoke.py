@@ -291,6 +291,7 @@ def run_demo(root: Path) -> None:
     aligned = f"--captions {at}/captions.jsonl --embeddings {at}/embeddings.npy --align-weight 2"
     aligned += " --temperature 0.1"
     lines = {"baseline": "", "aligned": aligned, "shuffled": f"{aligned} --shuffle-captions"}
+    print("\nThree trainings, side by side; their progress:", root / "*.txt")
     runs, together = [], os.environ | {"OMP_NUM_THREADS": "1"}
     for name, options in lines.items():
         with open(root / f"{name}.txt", "w") as log:

@@ -111,6 +111,7 @@ def first_line(error: BaseException) -> str:
 
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
+    p.usage = "%(prog)s --data ROOT --out RUN [options; --help lists them]"
     p.epilog = "".join(f"\n--recipe {name}: {options}" for name, options in RECIPES.items())
     add, flag = p.add_argument, argparse.BooleanOptionalAction
     add("--data", required=True, help="folder with train/ and val/")
@@ -533,6 +534,7 @@ def build_model(args: argparse.Namespace, outputs: int, labels: bool) -> tuple[n
             output = model.eval()(torch.zeros(1, 3, size, size))
     except Exception as error:  # a package, a download, a damaged file, a configuration, a size
         kind = "masked auto-encoder" if args.mae else "classifier"
+        kind += " with --pretrained weights" if args.pretrained else ""
         what = f"--arch {args.arch}: no {kind} of this name and input size"
         raise SystemExit(f"{what}: {first_line(error)}") from error
     if args.mae:

@@ -24,6 +24,7 @@ import base64
 import collections
 import contextlib
 import dataclasses
+import errno
 import gc
 import html
 import http.client
@@ -450,6 +451,7 @@ def data_url(path: str, side: int) -> str:
 
 WAIT, TIMEOUT = 0.25, 300.0  # seconds: before a server is asked again (it doubles), for an answer
 AWAY = ConnectionRefusedError, socket.gaierror, TimeoutError
+UNREACHABLE = errno.EHOSTUNREACH, errno.ENETUNREACH
 
 
 @dataclasses.dataclass
@@ -476,9 +478,9 @@ class Server:
         self.lock, self.cut = threading.Lock(), 0
 
     def describe(self, image: str, text: str) -> list[str] | str:
-        """Captions of an image, a file or a data URL, or why there are none. Only a server that is
-        busy, breaks off or is away is asked again. Raises ConnectionError where other images would
-        fare no better: the key, the model or the address is wrong, or it is away for too long."""
+        """Captions of an image, a file or a data URL, or why there are none. A server that is busy
+        or breaks off is asked 8 times, an absent one until patience ends. Raises ConnectionError
+        where other images would fare no better: for its key, its model, its address, its bill."""
         try:
             image = image if image.startswith("data:") else data_url(image, self.max_side)
         except Exception as error:  # whatever a decoder raises, it costs this image only
@@ -493,7 +495,9 @@ class Server:
             if isinstance(result, list):
                 return result
             result = " ".join(result.split()).replace(self.key, "***")[:300]
-            if status in (401, 404) or (not status and time.monotonic() - heard > self.patience):
+            if status in (401, 402, 404) or (
+                not status and time.monotonic() - heard > self.patience
+            ):
                 raise ConnectionError(result)
             if status:
                 times, heard = times + 1, time.monotonic()
@@ -512,8 +516,9 @@ class Server:
             with self.opener.open(request, timeout=TIMEOUT) as answer:
                 said = answer.read().decode(errors="replace")
         except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)  # a URLError has one: nothing was sent
-            if isinstance(reason, AWAY) and reason is not error:
+            reason = getattr(error, "reason", error)  # a URLError has one: no answer has begun
+            away = isinstance(reason, AWAY) or getattr(reason, "errno", None) in UNREACHABLE
+            if away and reason is not error:
                 return 0, f"no connection, {first_line(reason)}", 2
             return 503, f"no answer, {first_line(reason)}", 0
         retry, after = answer.headers["Retry-After"] or "0", 0
@@ -744,7 +749,7 @@ def main() -> None:
     if not args.server and args.model != "template":  # branches move
         with in_a_sentence(f"--model {args.model}: cannot load it"):
             config = transformers.AutoConfig.from_pretrained(args.model, **hub)
-        args.revision = getattr(config, "_commit_hash", None) or args.revision
+        args.revision = hub["revision"] = getattr(config, "_commit_hash", None) or args.revision
     settings = {name: getattr(args, name) for name in SETTINGS} | {"server": bool(args.server)}
     checksum = zlib.crc32(json.dumps([keys, names]).encode())
     settings["images"] = f"{len(keys)} ({checksum:08x})"

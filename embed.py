@@ -579,10 +579,12 @@ def main() -> None:
     args = parse_args()
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, 9)  # no rank outlives a killed torchrun, beside its successor
-        if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
+        first = Path("/proc/1/cmdline").read_bytes() if os.getppid() == 1 else b"torchrun"
+        if not re.search(b"torch|launch", first):
             raise SystemExit("torchrun was killed before this process had started")
     if args.world > 1:  # only for waiting: a rank may be hours ahead of another
         dist.init_process_group("gloo", timeout=timedelta(days=7))
+    wait = dist.barrier if args.world > 1 else lambda: None
     count = sum(1 for _ in read_captions(args.captions))  # all are read before a model is loaded
     load = functools.partial(
         load_encoder, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code
@@ -615,11 +617,9 @@ def main() -> None:
         return
     if args.rank == 0:
         prepare_rows(args.out, plan)
-    if args.world > 1:
-        dist.barrier()
+    wait()
     speed, cut = encode_captions(encoder, args.captions, args.out, args.batch_tokens)
-    if args.world > 1:
-        dist.barrier()
+    wait()
     if args.rank == 0:
         finish(args.out, args.metadata, plan)
         size = f"{count} x {width} {args.out_dtype}, {speed:.0f} captions/s"

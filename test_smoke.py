@@ -1317,7 +1317,7 @@ class Serving(Base):
             self.assertGreater(times[kind][1] - times[kind][0], 1, "Retry-After")
 
     def test_fatal_answers_and_restart(self):
-        for kind in "401", "404":
+        for kind in "401", "402", "404":
             kinds = f"0 1 2 3 {kind}"  # in this order, two a batch: the last one is alone
             printed, stub = self.serve(kind, kinds, "--concurrency 1", **{kind: 99})
             self.assertRegex(printed, rf"--server http.*: {kind} no: Bearer \*\*\*$")
@@ -2428,6 +2428,10 @@ class Training(Base):
         (TMP / "no-val/val/red_circle").mkdir(parents=True)
         self.refused("no image", train_line("x", data=TMP / "no-val"))
         self.assertEqual(train.first_line(ValueError()), "ValueError: ")
+        self.refused("--seed at 0", line("--seed -1"))
+        self.refused("--mixup, --cutmix start at 0", line("--mixup -0.1"))
+        self.refused("invalid choice", line("--randaugment 31"))
+        self.assertRaises(ValueError, train.alignment_loss, "ctr", None, None, None)
 
 
 def mae_line(out: str, more: str = "") -> str:
@@ -2551,7 +2555,8 @@ class Pretraining(Base):
         self.refused("hides no part of an image", f"{line} --arch {TMP}/no-mae")
         tf.HieraConfig(**HIERA | {"decoder_depth": None}).save_pretrained(TMP / "no-decoder")
         self.refused("lacks decoder_depth", f"{line} --arch {TMP}/no-decoder")
-        self.refused("learns from images alone", f"{line} --mixup 0.8")
+        for option in "--mixup 0.8", "--label-smoothing 0.1":
+            self.refused("learns from images alone", f"{line} {option}")
         vit = f"{line} --arch {TMP}/vit-mae"
         tf.ViTMAEConfig(**VISION, decoder_hidden_size=16).save_pretrained(TMP / "vit-mae")
         self.refused("no stochastic depth: pass --drop-path 0", f"{vit} --drop-path 0.1")

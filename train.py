@@ -136,7 +136,8 @@ def parse_args() -> argparse.Namespace:
     add("--mixup", type=float, default=0.0, help="blends two images: parameter of Beta, 0 = off")
     add("--cutmix", type=float, default=0.0, help="pastes instead; with both, a batch draws one")
     add("--crop-scale", type=float, default=0.08, help="smallest area of a random crop")
-    add("--randaugment", type=int, default=0, help="its magnitude, 0 to 30 (timm's m9 is 27)")
+    number = {"type": int, "choices": range(31), "metavar": "0..30"}
+    add("--randaugment", default=0, help="its magnitude (timm's m9 is 27)", **number)
     add("--color-jitter", type=float, default=0.0, help="changes brightness, contrast, saturation")
     add("--random-erasing", type=float, default=0.0, help="probability that a part is erased")
     add("--repeated-aug", type=int, default=1, help="N: takes 1/N of the images, N times each")
@@ -212,20 +213,21 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"{args.out}/last.pt exists: go on with --resume, or choose another --out")
     if bool(args.captions) != bool(args.embeddings):
         p.error("--captions and --embeddings go together")
-    if args.mae and (args.embeddings or args.mixup or args.cutmix):
-        p.error("--mae learns from images alone: no --captions, no --mixup, no --cutmix")
+    if args.mae and (args.embeddings or args.mixup or args.cutmix or args.label_smoothing):
+        p.error("--mae learns from images alone: no captions, mixup, cutmix, label smoothing")
     if not args.embeddings:
         if args.recipe == "llm2clip":
             p.error("--recipe llm2clip aligns with texts: pass --captions and --embeddings")
         refuse_idle(NEED_TEXT, "--captions and --embeddings")
     if args.align_loss == "cosine":
         refuse_idle(["--temperature", "--learn-temperature"], "a contrastive loss")
-    if min(args.epochs, args.batch_size, args.repeated_aug, args.val_every, args.workers + 1) < 1:
-        p.error("--epochs, -b, --repeated-aug and --val-every start at 1, -j at 0")
+    counts = args.epochs, args.batch_size, args.repeated_aug, args.val_every
+    if min(*counts, args.workers + 1, args.seed + 1) < 1:
+        p.error("--epochs, -b, --repeated-aug and --val-every start at 1, -j and --seed at 0")
     if min(args.temperature, args.lr, args.layer_decay, args.crop_scale, 1 - args.ema_decay) <= 0:
         p.error("--temperature, --lr, --layer-decay, --crop-scale above 0, --ema-decay below 1")
-    if args.align_weight < 0 or not 0 <= args.min_lr <= args.lr:
-        p.error("--align-weight starts at 0, --min-lr lies between 0 and --lr")
+    if min(args.align_weight, args.mixup, args.cutmix) < 0 or not 0 <= args.min_lr <= args.lr:
+        p.error("--align-weight, --mixup, --cutmix start at 0, --min-lr is between 0 and --lr")
 
 
 def refuse_idle(options: list[str], lacking: str) -> None:
@@ -263,7 +265,7 @@ def list_images(folder: str, allow_empty: bool = False) -> tuple[list[str], list
 
 def list_data(args: argparse.Namespace) -> tuple[list, list[tuple[str, int]], list]:
     """Class names, and (path, label) of train/ and of val/. Without class folders there are no
-    names, no labels (-1) and no val/. --mae wants none (0: its labels say what can be read)."""
+    names, no labels (-1) and no val/. With --mae all labels are 0, until an image is unreadable."""
     train, val = os.path.join(args.data, "train"), os.path.join(args.data, "val")
     classes, samples = list_images(train)
     if args.mae:
@@ -438,7 +440,8 @@ def report_unreadable(reasons: set[str]) -> int:
 
 class EpochSampler(Sampler):
     """(index, seed) of this process's positions in an epoch's random order. At the same global
-    batch, batch k is the same set of images at every number of processes. No epoch, no images."""
+    batch, batch k is the same set of images at every number of processes. Without an epoch it
+    yields nothing, so that iter(loader) can start the workers."""
 
     def __init__(self, length: int, positions: range, seed: int, copies: int = 1):
         self.length, self.positions, self.seed, self.copies = length, positions, seed, copies
@@ -811,8 +814,10 @@ def alignment_loss(kind: str, images, texts, has_text, temperature=0.2) -> Tenso
         infonce  cross_entropy(images @ texts.T / temperature, arange(n))                (`ctr`)
         clip     (infonce + cross_entropy(texts @ images.T / temperature, arange(n))) / 2
 
-    and in several the same of the batch of all, with the gradients of one.
+    and in several processes the same of the global batch, with the gradients of one.
     """
+    if kind not in ("cosine", "infonce", "clip"):
+        raise ValueError(f"there is no alignment loss {kind!r}")
     if kind == "cosine":
         return global_mean(2 - 2 * (images * texts).sum(1), has_text)
     all_have = gather(has_text.float()) > 0
@@ -852,7 +857,7 @@ def mixed(loss: Callable, lam: float, *targets: Tensor) -> Tensor:
 
 
 class Run:
-    """What is trained, and with what."""
+    """The model with its heads and averages, optimizer, scaler and precision, on one device."""
 
     def __init__(self, args, model: nn.Module, num_classes: int, width: int | None, found: dict):
         self.device, self.ema = torch.device(args.device), None
@@ -876,6 +881,8 @@ class Run:
             raise SystemExit("-b 1: the head's batch norm needs two images, or --projection linear")
         if args.compile:
             model.compile()
+        # what the losses are does not depend on the number of processes; but the statistics of
+        # batch norm, an image's partner in mixing, and dropout are each process's own
         if args.world_size > 1:  # static: what no loss depends on, a mask token say, is found once
             self.ddp = DistributedDataParallel(self.net, static_graph=True)
         self.optimizer = make_optimizer(self.net, args, self.amp)
@@ -1107,7 +1114,10 @@ def save_epoch(args, run: Run, log: list[dict], about: dict) -> None:
 def save_reconstruction(run: Run, images: Images, file: str) -> None:
     """Of eight images, in rows: cropped as in training, masked, and reconstructed."""
     items = [images[i, 0] for i in range(0, len(images.paths), max(1, len(images.paths) // 8))]
-    batch = torch.stack([image for image, label, *_ in items if label >= 0][:8])
+    readable = [image for image, label, *_ in items if label >= 0][:8]
+    if not readable:
+        return
+    batch = torch.stack(readable)
     rows = reconstruct(run.net.model, run.normalise(batch)) * run.std + run.mean
     torchvision.utils.save_image(rows / 255, file, nrow=1)
     print(f"{file}: images, what the auto-encoder sees of them, and what it makes of it")
@@ -1117,7 +1127,8 @@ def main() -> None:
     args = parse_args()
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, 9)  # no rank outlives a killed torchrun, beside its successor
-        if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
+        first = Path("/proc/1/cmdline").read_bytes() if os.getppid() == 1 else b"torchrun"
+        if not re.search(b"torch|launch", first):
             raise SystemExit("torchrun was killed before this process had started")
     if args.rank > 0:
         sys.stdout = io.StringIO()  # print() is for process 0

@@ -1352,7 +1352,9 @@ class Serving(Base):
         for kind in "hangs", "503":
             stub = self.start(**{kind: 99})
             line = self.line(f"interrupted-{kind}", f"0 {kind}", stub.url)
-            process = subprocess.Popen(command(line), stderr=subprocess.PIPE, text=True)
+            heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # even behind &
+            options = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": heard}
+            process = subprocess.Popen(command(line), **options)
             while not any(one[0] == kind for one in stub.asked):
                 time.sleep(0.05)
             time.sleep(0.5)

@@ -1171,7 +1171,7 @@ def main() -> None:
         save_reconstruction(run, loader.dataset, f"{args.out}/reconstruction.png")
     print(f"{args.out}/last.pt: {args.epochs} epochs")
     if args.world_size > 1:
-        dist.barrier()  # torch 2.9's gloo may stand still where a gathering was its last work
+        time.sleep(1)  # torch 2.9's gloo lets go of tensors in a thread that needs this one's lock
         dist.destroy_process_group()
 
 

@@ -2232,7 +2232,7 @@ class Training(Base):
         self.assertEqual(rates("--lr 1 --min-lr 0.5 --epochs 3")[0], 1)
         line = train_line("x", "--optimizer adamw").replace("--lr 0.01", "")
         self.refused("no rate for --optimizer adamw: pass --lr", line)
-        self.refused("--min-lr lies between", train_line("x", "--min-lr 1"))
+        self.refused("--min-lr is between", train_line("x", "--min-lr 1"))
 
     def test_half_precision_weights_train_in_float32(self):
         vit = tf.ViTForImageClassification(tf.ViTConfig(**VISION)).half()

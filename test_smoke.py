@@ -240,6 +240,9 @@ def save_mllm(folder: Path, steps: int = 0, init: float = 0.02) -> None:
     model, processor = build_mllm(init)
     if steps:
         pretrain_mllm(model, processor, steps)
+    else:  # random weights say something
+        mute = set(processor.tokenizer.all_special_ids) - {IDS["eos_token_id"]}
+        model.generation_config.update(min_new_tokens=1, suppress_tokens=sorted(mute))
     save(folder, processor, model.eval())
 
 

@@ -205,7 +205,7 @@ def most_tokens(model: nn.Module, *limits: int | None) -> int:
     return min(limit for limit in limits if limit not in (None, -1))
 
 
-def half_precision(training: bool) -> torch.dtype:
+def half_type(training: bool) -> torch.dtype:
     """bfloat16 if the GPU has it, since some models (EmbeddingGemma) overflow float16; and where it
     is slow, too, for training: float16 would need a scaled loss."""
     fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -334,7 +334,7 @@ class TextEncoder(nn.Module):
         kept = position < lengths[:, None]  # [B, T]
         mask = None if full else kept.long()
         half = gpu and self.dtype == "auto" and self.model.dtype == torch.float32
-        with torch.autocast(device.type, half_precision(self.training), enabled=half):
+        with torch.autocast(device.type, half_type(self.training) if half else None, enabled=half):
             if self.pooling == "projection":
                 features = self.model.get_text_features(input_ids=ids, attention_mask=mask)
                 return F.normalize(getattr(features, "pooler_output", features).float(), dim=-1)

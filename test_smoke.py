@@ -1571,7 +1571,7 @@ class Embedding(Base):
                 self.check([*captions, "blue STAR"], reference, more)
         for has, want in (True, torch.bfloat16), (False, torch.float16):
             with patch("torch.cuda.is_bf16_supported", return_value=has):
-                self.assertEqual(embed.half_precision(training=False), want)
+                self.assertEqual(embed.half_type(training=False), want)
 
     def test_sentence_transformers_folder(self):
         """Prompt, lower case, limit, cls pooling and a Dense module, read from the files; a prompt

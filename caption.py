@@ -674,10 +674,11 @@ def run(parts: Parts, batches: list, mine: list, retry: bool, ask: Callable, qui
     found = parts.scan()
     todo = [b for b in mine if b not in found or (retry and found[b][0])]
     if todo:
-        start, count, total = time.perf_counter(), collections.Counter(), sum(map(len, mine))
+        count, total = collections.Counter(), sum(map(len, mine))
         before = total - sum(map(len, todo))
         with tqdm(total=total, initial=before, unit="image", smoothing=0.05, disable=quiet) as bar:
             source, answers = ask(todo, bar.set_postfix_str)
+            start = time.perf_counter()  # the model is loaded
             for batch, records in zip(todo, answers, strict=True):
                 parts.write(batch, records)
                 count.update("error" if "error" in record else "caption" for record in records)

@@ -145,7 +145,7 @@ CHAT = (
 )
 
 
-def tokens(frame: str = "$A", words=("thing", "cat"), **special) -> tf.PreTrainedTokenizerFast:
+def word_tokenizer(*words: str, frame: str = "$A", **special) -> tf.PreTrainedTokenizerFast:
     """A word, a token, of the world's and of these words; `frame` puts [BOS] and [EOS] around a
     text; `special`: image_token="<image>" and the like."""
     torch.manual_seed(0)
@@ -159,6 +159,10 @@ def tokens(frame: str = "$A", words=("thing", "cat"), **special) -> tf.PreTraine
     tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=ends)
     options = NAMES | {"extra_special_tokens": special}
     return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+
+
+def tokens(frame: str = "$A", **special) -> tf.PreTrainedTokenizerFast:
+    return word_tokenizer("thing", "cat", frame=frame, **special)
 
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -180,7 +184,7 @@ def save(folder: Path, *parts) -> None:
 
 def build_mllm(init: float = 0.02) -> tuple:
     """A random Llava (CLIP's tower at 32 px, 4x4 patches, and a Llama), and its processor."""
-    tokenizer = tokens(words=(), image_token="<image>")
+    tokenizer = word_tokenizer(image_token="<image>")
     images = tf.CLIPImageProcessor(**SQUARE, crop_size=SQUARE["size"])
     options = {"patch_size": 8, "num_additional_image_tokens": 1, "chat_template": CHAT}
     options["vision_feature_select_strategy"] = "default"
@@ -250,7 +254,7 @@ def save_text_encoder(folder: Path, steps: int = 0, seed: int = 0) -> None:
     """A tiny BERT. Random, its vectors all but coincide (most words are the same in all captions);
     `steps` of SimCSE (two dropout passes over a caption are a positive pair, the other captions
     negatives) spread them. It sees random captions, no image and no label."""
-    tokenizer, rng = tokens(words=("photo", "of")), random.Random(seed)
+    tokenizer, rng = word_tokenizer("photo", "of"), random.Random(seed)
     torch.manual_seed(seed)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     shape["max_position_embeddings"] = 64

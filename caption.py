@@ -117,8 +117,9 @@ def parse_args() -> argparse.Namespace:
         p.error('--extra-body: expected a JSON object, {"max_completion_tokens": 128} for one')
     if not args.server and args.extra_body.keys() - {"chat_template_kwargs"}:
         p.error("--extra-body: without --server only chat_template_kwargs has an effect")
-    if not (args.preview or ".html").endswith(".html"):
-        p.error("--preview writes a page: name it FILE.html")
+    page = Path(args.preview or "page.html")
+    if page.suffix != ".html" or not page.parent.is_dir():
+        p.error("--preview writes a page: name it FILE.html, in a folder that exists")
     return args
 
 
@@ -143,7 +144,8 @@ def choose_device(name: str | None, world: int) -> str:
         if device.index is not None and world > 1:
             raise RuntimeError("several processes would share it: name it without a number")
         if device.type == "cuda":
-            device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
+            if device.index is None:
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
     except RuntimeError as error:
         raise SystemExit(f"--device {name}: {str(error).splitlines()[0]}") from error

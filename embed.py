@@ -123,7 +123,8 @@ def choose_device(name: str | None, world: int) -> str:
         if device.index is not None and world > 1:
             raise RuntimeError("several processes would share it: name it without a number")
         if device.type == "cuda":
-            device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
+            if device.index is None:
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
     except RuntimeError as error:
         raise SystemExit(f"--device {name}: {str(error).splitlines()[0]}") from error
@@ -579,8 +580,7 @@ def main() -> None:
     args = parse_args()
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, 9)  # no rank outlives a killed torchrun, beside its successor
-        first = Path("/proc/1/cmdline").read_bytes() if os.getppid() == 1 else b"torchrun"
-        if not re.search(b"torch|launch", first):
+        if os.getppid() == 1 and not re.search("torch|launch", Path("/proc/1/cmdline").read_text()):
             raise SystemExit("torchrun was killed before this process had started")
     if args.world > 1:  # only for waiting: a rank may be hours ahead of another
         dist.init_process_group("gloo", timeout=timedelta(days=7))

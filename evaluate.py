@@ -60,7 +60,8 @@ def choose_device(name: str | None, world: int) -> str:
         if device.index is not None and world > 1:
             raise RuntimeError("several processes would share it: name it without a number")
         if device.type == "cuda":
-            device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
+            if device.index is None:
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
     except RuntimeError as error:
         raise SystemExit(f"--device {name}: {str(error).splitlines()[0]}") from error
@@ -180,7 +181,7 @@ class Folder(Dataset):
             self.encoder = json.loads(Path(embeddings).with_suffix(".json").read_text("utf-8"))
             content, rows = Path(captions).read_bytes(), np.load(embeddings, mmap_mode="r")
             keys = [json.loads(line)["image"] for line in content.splitlines()]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"captions and embeddings: {error!r}") from error
         same = hashlib.sha256(content).hexdigest() == self.encoder.get("captions_sha256")
         if not same or rows.shape != (len(keys), self.encoder.get("width")):

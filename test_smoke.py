@@ -719,6 +719,7 @@ class EveryScript(Base):
             ("mps", "cpu", 1, "cpu"),
             ("cuda", None, 4, "cuda:3"),
             ("cuda", "cuda", 4, "cuda:3"),
+            ("cuda", "cuda:0", 1, "cuda:0"),
             ("cuda", "cuda:1", 1, "cuda:1"),
             (None, "cuda", 1, "--device cuda: torch finds no GPU"),
             (None, "mps", 1, "--device mps: torch finds no GPU"),
@@ -1224,7 +1225,8 @@ class Captioning(Base):
         (TMP / "none/bad.png").write_bytes(b"nothing")
         options = f"--preview {TMP}/no.html --model template"
         self.refused("none of the images", caption_line("x", options, data=TMP / "none"))
-        self.refused("name it FILE.html", caption_line("x", f"--preview {TMP}/sheet.png"))
+        for file in "sheet.png", "nowhere/sheet.html":
+            self.refused("name it FILE.html", caption_line("x", f"--preview {TMP}/{file}"))
 
 
 class Stub(http.server.BaseHTTPRequestHandler):
@@ -2440,6 +2442,8 @@ class Training(Base):
         self.refused("--seed at 0", line("--seed -1"))
         self.refused("--mixup, --cutmix start at 0", line("--mixup -0.1"))
         self.refused("invalid choice", line("--randaugment 31"))
+        self.refused("shares: above 0, at most 1", line("--layer-decay 1.1"))
+        self.refused("--crop-ratio are above 0", line("--crop-ratio 0"))
         self.assertRaises(ValueError, train.alignment_loss, "ctr", None, None, None)
 
 
@@ -2683,6 +2687,10 @@ class Evaluation(Base):
         call(train_line("plain", "--epochs 1", text=False))
         line = f"{self.val} {TMP}/plain/last.pt {self.text()}"
         self.refused("than no captions, of .*plain", line)
+        for wrong in "[]", "3", "null", "{}", "{":
+            (TMP / "wrong.jsonl").write_text(f"{wrong}\n")
+            options = f"--captions {TMP}/wrong.jsonl --embeddings {TMP}/val.npy"
+            self.refused("captions and embeddings: ", f"{self.judged} {options}")
         strangers = embedded("strangers", [{"image": "x.png", "caption": "a"}])
         self.refused("none of its images is in", f"{self.judged} {strangers}")
         save_text_encoder(TMP / "another", seed=7)

@@ -200,7 +200,8 @@ def choose_device(name: str | None, world: int) -> str:
         if device.index is not None and world > 1:
             raise RuntimeError("several processes would share it: name it without a number")
         if device.type == "cuda":
-            device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
+            if device.index is None:
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
     except RuntimeError as error:
         raise SystemExit(f"--device {name}: {str(error).splitlines()[0]}") from error
@@ -224,8 +225,10 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     counts = args.epochs, args.batch_size, args.repeated_aug, args.val_every
     if min(*counts, args.workers + 1, args.seed + 1) < 1:
         p.error("--epochs, -b, --repeated-aug and --val-every start at 1, -j and --seed at 0")
-    if min(args.temperature, args.lr, args.layer_decay, args.crop_scale, 1 - args.ema_decay) <= 0:
-        p.error("--temperature, --lr, --layer-decay, --crop-scale above 0, --ema-decay below 1")
+    if min(args.temperature, args.lr, args.crop_ratio, 1 - args.ema_decay) <= 0:
+        p.error("--temperature, --lr and --crop-ratio are above 0, --ema-decay is below 1")
+    if not (0 < args.layer_decay <= 1 and 0 < args.crop_scale <= 1):
+        p.error("--layer-decay and --crop-scale are shares: above 0, at most 1")
     if min(args.align_weight, args.mixup, args.cutmix) < 0 or not 0 <= args.min_lr <= args.lr:
         p.error("--align-weight, --mixup, --cutmix start at 0, --min-lr is between 0 and --lr")
 
@@ -1127,8 +1130,7 @@ def main() -> None:
     args = parse_args()
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, 9)  # no rank outlives a killed torchrun, beside its successor
-        first = Path("/proc/1/cmdline").read_bytes() if os.getppid() == 1 else b"torchrun"
-        if not re.search(b"torch|launch", first):
+        if os.getppid() == 1 and not re.search("torch|launch", Path("/proc/1/cmdline").read_text()):
             raise SystemExit("torchrun was killed before this process had started")
     if args.rank > 0:
         sys.stdout = io.StringIO()  # print() is for process 0

@@ -106,8 +106,8 @@ def parse_args() -> argparse.Namespace:
         p.error("numbers of images, tokens, captions and requests start at 1, others at 0")
     if args.model == "template" and args.prompt == [PROMPT]:
         p.error('--model template needs a --prompt, "a photo of a {class}" for one')
-    if args.num_captions > 1 and args.temperature == 0:
-        p.error("--num-captions above 1 needs --temperature above 0: greedy ones are all the same")
+    if (args.num_captions > 1 or args.top_p != 1) and args.temperature == 0:
+        p.error("--num-captions above 1, or --top-p, needs --temperature above 0: nothing is drawn")
     if not re.match("https?://.", args.server or "http://a"):
         p.error(f"--server {args.server}: an address begins with http:// or https://")
     part = re.fullmatch(r"(\d+)/(\d+)", args.shard)
@@ -209,8 +209,8 @@ def name_classes(folders: list[str], prompts: list[str], file: str | None) -> di
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # a comment costs no image
 T = Image.Transpose  # what undoes the orientations 2 to 8 of EXIF
-TURNS = [T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROTATE_270]
-TURNS = dict(enumerate([*TURNS, T.TRANSVERSE, T.ROTATE_90], 2))
+TURNS = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE}
+TURNS |= {6: T.ROTATE_270, 7: T.TRANSVERSE, 8: T.ROTATE_90}
 
 
 def orientation(image: Image.Image) -> int:

@@ -99,8 +99,8 @@ def parse_args() -> argparse.Namespace:
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # a comment costs no image
 T = Image.Transpose  # what undoes the orientations 2 to 8 of EXIF
-TURNS = [T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROTATE_270]
-TURNS = dict(enumerate([*TURNS, T.TRANSVERSE, T.ROTATE_90], 2))
+TURNS = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE}
+TURNS |= {6: T.ROTATE_270, 7: T.TRANSVERSE, 8: T.ROTATE_90}
 
 
 def orientation(image: Image.Image) -> int:

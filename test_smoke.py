@@ -14,6 +14,7 @@ import base64
 import contextlib
 import csv
 import email.utils
+import errno
 import functools
 import gc
 import http.server
@@ -38,6 +39,7 @@ import time
 import types
 import unittest
 import unittest.mock
+import urllib.error
 from pathlib import Path
 from unittest.mock import Mock, patch
 
@@ -59,7 +61,7 @@ from torchvision.transforms import InterpolationMode, v2
 import embed
 import evaluate
 import train
-from caption import Describer, Parts, ask_model, data_url, load_image, load_model
+from caption import BLACK, Describer, Parts, Server, ask_model, data_url, load_image, load_model
 
 tf.utils.logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
@@ -1201,7 +1203,19 @@ class Captioning(Base):
         self.refused("no valid file for the classes empty", caption_line("x", data=hollow))
         self.refused("--data", caption_line("x", data=TMP / "nowhere"))
         self.refused("did you mean .*train", caption_line("x", data=WORLD))
-        self.refused("{clas}.* is not known", caption_line("x", "--prompt 'a {clas}'"))
+        for option, sentence in (
+            ("--prompt 'a {clas}'", "{clas}.* is not known"),
+            ("--limit 0", "start at 1"),
+            ("--batch-size -1", "start at 1"),
+            ("--patience -1", "others at 0"),
+            ("--top-p 0.5", "needs --temperature above 0"),
+            ("--server localhost:8000", "begins with http"),
+            ("--shard 2/2", "expected I/N"),
+            ("--shard 1", "expected I/N"),
+        ):
+            self.refused(sentence, caption_line("x", option))
+        line = f"caption --data {WORLD}/train --model template --out {TMP}/x.jsonl"
+        self.refused("needs a --prompt", line)
         self.refused("cannot load", caption_line("x", f"--model {TMP}/nowhere"))
         self.refused("--model .*cannot load", caption_line("x", f"--model {TMP}"))
         failure = Mock(side_effect=ValueError("broken"))  # shows at start, not in image by image
@@ -1355,6 +1369,25 @@ class Serving(Base):
         timer.daemon = True
         timer.start()
         self.assertIn("this run: 2 captions", call(line))
+
+    def test_broken_off_and_unreachable(self):
+        """A host that cannot be reached is waited for, an answer that breaks off is asked again."""
+        server, tries = Server("http://a/v1", {}, patience=0, tell=lambda _: None), []
+
+        def fails(*_, **__):
+            tries.append(1)
+            raise error
+
+        with patch.object(server.opener, "open", fails), patch("caption.WAIT", 0):
+            for number in errno.EHOSTUNREACH, errno.ENETUNREACH:
+                error = urllib.error.URLError(OSError(number, "far away"))
+                self.assertRaisesRegex(
+                    ConnectionError, "no connection", server.describe, BLACK, "a"
+                )
+            self.assertEqual(len(tries), 2)
+            error = urllib.error.URLError(ConnectionResetError("gone"))
+            self.assertRegex(server.describe(BLACK, "a"), "503 no answer, ConnectionResetError")
+        self.assertEqual(len(tries), 2 + 8)
 
     def test_interrupted(self):
         """Ctrl-C ends a run at once, while requests are under way and while it waits."""
@@ -2158,6 +2191,7 @@ class Training(Base):
         self.assertEqual(found["settings"]["init"], state["settings"] | {"epoch": 1})
         self.refused("none of its weights fits", train_line("x", f"--init {file} --arch resnet18"))
         torch.save(Base, TMP / "code.pt")
+        self.refused("--init .*no such file", train_line("x", f"--init {TMP}/nowhere.pt"))
         self.refused("--init .*UnpicklingError", train_line("x", f"--init {TMP}/code.pt"))
 
     def test_nothing_of_a_batch_stays(self):
@@ -2349,6 +2383,9 @@ class Training(Base):
         torch.testing.assert_close(tower(images).image_embeds, theirs(images).image_embeds)
         line = f"evaluate --data {FLAT}/train {TMP}/tower/last.pt -j 0 --device cpu"
         self.assertIn("image->text R@1", call(f"{line} {texts('flat')}"))
+        tf.CLIPVisionConfig(**VISION, projection_dim=16).save_pretrained(TMP / "narrow")
+        call(flat_line("narrow", f"--arch {TMP}/narrow --epochs 1"))
+        self.assertEqual(saved("narrow")["rebuild"]["config"]["projection_dim"], 64)
         call(train_line("labelled", f"--arch {TMP}/clip --epochs 1"))
         self.assertEqual(saved("labelled")["rebuild"]["class"], "CLIPForImageClassification")
 
@@ -2419,7 +2456,8 @@ class Training(Base):
         self.refused(f"{sentence}.*torchvision has none", line("--arch resnet5O"))
         self.refused(sentence, line("--arch inception_v3 --input-size 32"))
         self.refused("has no stochastic depth", line("--drop-path 0.1"))
-        self.refused("do not fill one batch", line("-b 100"))
+        with patch("train.build_model", side_effect=AssertionError("before it is told")):
+            self.refused("do not fill one batch", line("-b 100"))
         self.assertRaises(FileNotFoundError, call, line(data=TMP / "nowhere"))
         self.refused("No such file.*run embed.py", line(f"--embeddings {TMP}/nowhere.npy"))
         void = shutil.copytree(WORLD, TMP / "void")

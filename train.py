@@ -212,6 +212,8 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what cannot be, or would do nothing."""
     if os.path.exists(os.path.join(args.out, "last.pt")) and not args.resume:
         p.error(f"{args.out}/last.pt exists: go on with --resume, or choose another --out")
+    if args.init and not os.path.isfile(args.init):
+        p.error(f"--init {args.init}: there is no such file")
     if bool(args.captions) != bool(args.embeddings):
         p.error("--captions and --embeddings go together")
     if args.mae and (args.embeddings or args.mixup or args.cutmix or args.label_smoothing):
@@ -354,8 +356,8 @@ class Captions:
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # a comment costs no image
 T = Image.Transpose  # what undoes the orientations 2 to 8 of EXIF
-TURNS = [T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROTATE_270]
-TURNS = dict(enumerate([*TURNS, T.TRANSVERSE, T.ROTATE_90], 2))
+TURNS = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE}
+TURNS |= {6: T.ROTATE_270, 7: T.TRANSVERSE, 8: T.ROTATE_90}
 
 
 def orientation(image: Image.Image) -> int:
@@ -492,8 +494,6 @@ def transforms(args: argparse.Namespace, size: int) -> tuple[v2.Compose, v2.Comp
 def make_loaders(args, samples, val_samples, captions, found: dict) -> list[DataLoader]:
     """Of this process's share of train/ and val/; their loading processes have started."""
     rank, world, size, loaders = args.rank, args.world_size, found["input_size"], []
-    if len(samples) < args.batch_size * world:
-        raise SystemExit(f"{len(samples)} training images do not fill one batch: use a smaller -b")
     transform, val_transform = transforms(args, size)
     images = Images(samples, size, read_image, transform, captions, found["parts"])
     val_images = Images(val_samples, size, load_image, val_transform)
@@ -1137,6 +1137,8 @@ def main() -> None:
     if args.device == "cpu" and args.world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, CPUS - args.workers))
     classes, samples, val_samples = list_data(args)
+    if len(samples) < args.batch_size * args.world_size:
+        raise SystemExit(f"{len(samples)} training images do not fill one batch: use a smaller -b")
     folder, captions = os.path.join(args.data, "train", ""), None
     keys = [path.removeprefix(folder).replace(os.sep, "/") for path, _ in samples]
     if args.embeddings:

@@ -51,6 +51,7 @@ import transformers
 from PIL import ExifTags, Image, PngImagePlugin
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.ops import StochasticDepth
@@ -977,7 +978,8 @@ def train_step(args, run: Run, images: Tensor, labels: Tensor, texts: Tensor, rn
         if args.learn_temperature:
             run.net.log_temperature.clamp_(min=math.log(0.01))  # as CLIP does
         if run.ema:
-            torch._foreach_lerp_(floats(run.ema), floats(run.net.model), 1 - args.ema_decay)
+            average = get_ema_multi_avg_fn(args.ema_decay)
+            average(floats(run.ema), floats(run.net.model), None)
         return torch.stack([loss, loss_align, hits, (labels >= 0).sum()])
 
 

@@ -380,11 +380,14 @@ def run_gpu(images: Path, root: Path, device: str = "cuda") -> None:
         words = " ".join(rng.choices([*COLORS, *SHAPES, *BACKGROUNDS], k=30))
         captions.append({"image": key, "caption": words})
     write_lines(root / "captions.jsonl", captions)
-    tiny = text(tokens())
+    tiny = text(tokens(), vocab_size=49280)  # far more than there are words
     save(root / "encoder", tf.BertModel(tf.BertConfig(**MINILM if gpu else tiny)), tokens())
     vision, words = (VISION_OF_SMOLVLM, TEXT_OF_SMOLVLM) if gpu else (VISION, tiny)
     model, processor = build_smolvlm(vision, words)
-    model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    # no end, and words alone: what a caption holds of other tokens cannot be written
+    mute = [*processor.tokenizer.all_special_ids, *range(len(tokens()), words["vocab_size"])]
+    options = {"eos_token_id": None, "pad_token_id": 0, "suppress_tokens": mute}
+    model.generation_config.update(**options)
     save(root / "smolvlm", model.bfloat16(), processor)
     print(cuda.get_device_name() if gpu else "no GPU", torch.__version__)
     print("| what | speed | waiting for data | peak memory |\n|---|---|---|---|", flush=True)
@@ -741,6 +744,15 @@ class EveryScript(Base):
                 self.assertEqual(choose(name, world), want)
                 if here == "cuda":
                     current.assert_called_once_with(torch.device(want))
+
+    def test_table_of_a_gpu(self):
+        """Its function, on the CPU: a row of each stage, and two of training."""
+        printed = io.StringIO()
+        (TMP / "table").mkdir()
+        with contextlib.redirect_stdout(printed):
+            run_gpu(WORLD / "val", TMP / "table", "cpu")
+        rows = re.findall(r"^\| (\w+)\.py.* \| \d+ \w+/s \|", printed.getvalue(), re.M)
+        self.assertEqual(rows, ["embed", "train", "train", "caption"])
 
     def test_cores(self):
         """Those of the process's affinity; on a CPU, train.py's model takes three of four."""
